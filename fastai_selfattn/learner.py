@@ -41,7 +41,7 @@ def _looking(model):
     finally:
         for m,training in modes: m.training = training
 
-# %% ../nbs/api/07_learner.ipynb #675c94a8
+# %% ../nbs/api/07_learner.ipynb #eba37290
 def _default_points(h, w): return [(h//4, w//4), (h//2, w//2), (3*h//4, 3*w//4)]
 
 @patch
@@ -51,7 +51,7 @@ def show_attention(self:Learner,
     n:int=3, # how many of the validation set, if no `items` are given
     size:float=2., # height of a picture in inches
 )->np.ndarray: # the axes, a row for each picture and attention layer, a column for the picture and each point
-    "Draw what query pixels attend to in every attention layer, on one colour scale a layer; `ValueError` as `AttentionRecorder`"
+    "Draw what query pixels attend to in every attention layer, on one colour scale a row; `ValueError` as `AttentionRecorder`"
     if items is None: items = list(self.dls.valid_ds.items[:n])
     if not len(items): raise ValueError("no pictures to show: `items` is empty")
     dl = self.dls.test_dl(items, bs=len(items), num_workers=0)
@@ -63,12 +63,13 @@ def show_attention(self:Learner,
     images = dl.decode(batch)[0].float()/255
     rows = [(name,i) for i in range(len(items)) for name in rec.maps]
     fig,axs = plt.subplots(len(rows), len(points)+1, figsize=(size*w/h*(len(points)+1)+1, size*len(rows)+.3), squeeze=False, layout='constrained')
-    top = {name:max(2., maps.max().item()*maps[0,0].numel()) for name,maps in rec.maps.items()}     # average in the middle, at least
     for row,(name,i) in zip(axs, rows):
+        maps = rec.maps[name][i]
+        vmax = max(2., maps.max().item()*maps[0].numel())     # the average is in the middle of the scale, or below
         row[0].imshow(images[i].permute(1,2,0).clamp(0,1).cpu())
         row[0].set_axis_off()
         row[0].set_title(f'{name}, gamma {rec.gammas[name]:.3g}', fontsize=9)
-        for ax,point,amap in zip(row[1:], points, rec.maps[name][i]):
-            plot_attention(images[i], amap, point, ax, vmax=top[name]).set_title(f'pixel {tuple(point)}', fontsize=9)
+        for ax,point,amap in zip(row[1:], points, maps):
+            plot_attention(images[i], amap, point, ax, vmax=vmax).set_title(f'pixel {tuple(point)}', fontsize=9)
         fig.colorbar(row[-1].images[-1], ax=row, fraction=.03, pad=.01, shrink=.9).set_label('attention, 1 = average', fontsize=8)
     return axs

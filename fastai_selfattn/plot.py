@@ -14,14 +14,14 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-# %% ../nbs/api/04_plot.ipynb #a4e425f3
+# %% ../nbs/api/04_plot.ipynb #6aba79d6
 def plot_attention(
     image:Tensor, # (h, w), (1, h, w) or (3, h, w) image, values 0 to 1
     amap:Tensor, # (mh, mw) weights of one query pixel, as a row of `ops.attention_weights`; sums to 1
     point:tuple[int,int], # the query pixel, (row, col) in pixels of `image`
     ax:Axes=None, # where to draw, a new one if None
     vmax:float=None, # weight, times the number of cells, at the top of the colour scale; the largest there is if None
-    alpha:float=.65, # opacity of the map over the image
+    alpha:float=.75, # opacity of the map where it is strongest; where it is 0 the image shows through
 )->Axes: # the map is the last of its images, `ax.images[-1]`, for a colour bar
     "Draw what a query pixel attends to over its image, 1 meaning the average; `ValueError` if shapes do not fit"
     image,amap = image.detach().cpu().float(),amap.detach().cpu().float()
@@ -31,7 +31,9 @@ def plot_attention(
     (h,w),(row,col) = image.shape,point
     if ax is None: ax = plt.subplots(figsize=(3.6, 3.6*h/w))[1]
     ax.imshow(image, cmap='gray', vmin=0, vmax=1)
-    ax.imshow(amap*amap.numel(), cmap='magma', vmin=0, vmax=vmax, alpha=alpha, extent=(-.5,w-.5,h-.5,-.5))
+    amap = amap*amap.numel()
+    if vmax is None: vmax = amap.max().item()
+    ax.imshow(amap, cmap='magma', vmin=0, vmax=vmax, alpha=alpha*(.2+.8*(amap/vmax).clamp(0, 1)), extent=(-.5,w-.5,h-.5,-.5))
     ax.plot(col, row, 'o', ms=8, mfc='none', mec='k', mew=3.5)
     ax.plot(col, row, 'o', ms=8, mfc='none', mec='w', mew=1.5)
     ax.set_axis_off()

@@ -9,7 +9,7 @@ __all__ = ['open_photo', 'open_mask', 'mask_of', 'wall_items', 'split_walls', 'w
            'wall_learner', 'evaluate_walls', 'wall_probability', 'recolor', 'plot_predictions', 'plot_recolored',
            'write_report', 'walls_main', 'recolor_main']
 
-# %% ../nbs/api/10_walls.ipynb #052e2d8c
+# %% ../nbs/api/10_walls.ipynb #70e185a6
 import argparse
 import difflib
 import glob
@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -284,7 +285,7 @@ def _save(axs, file):
     fig.savefig(file, dpi=110, bbox_inches='tight')
     plt.close(fig)
 
-# %% ../nbs/api/10_walls.ipynb #38ab65a4
+# %% ../nbs/api/10_walls.ipynb #8bd2b1e4
 _N_ROOMS = 600
 
 class _Parser(argparse.ArgumentParser):
@@ -297,13 +298,17 @@ def _at_least(lowest, kind=int):
     parse.__name__ = kind.__name__
     return parse
 
+def _archs():
+    "The encoders of torchvision and fastai, and `small`, by name"
+    homes = 'torchvision.models.',models.xresnet.__name__
+    found = {n:f for m in (models, models.xresnet) for n,f in vars(m).items() if isinstance(f, FunctionType) and f.__module__.startswith(homes)}
+    return {'small':small_encoder} | {n:found[n] for n in sorted(found) if n.islower() and not n.startswith(('_','get_','list_'))}
+
 def _find_arch(name):
-    "The encoder called `name`, of torchvision, fastai or `small`"
-    if name == 'small': return small_encoder
-    known = sorted(n for n in dir(models) if n.islower() and callable(getattr(models, n)))
-    if name in known: return getattr(models, name)
-    close = difflib.get_close_matches(name, ['small', *known], cutoff=.5)
-    raise ValueError(f"unknown --arch {name}" + (f": did you mean {', '.join(close)}?" if close else f": there are small, {', '.join(known)}"))
+    archs = _archs()
+    if name in archs: return archs[name]
+    close = difflib.get_close_matches(name, archs, cutoff=.5)
+    raise ValueError(f"unknown --arch {name}" + (f": did you mean {', '.join(close)}?" if close else f": there are {', '.join(archs)}"))
 
 def _walls_parser():
     p = _Parser(prog='selfattn-walls', description="Train a U-Net with self-attention to find the walls in pictures of rooms, and write a folder with "
@@ -312,9 +317,9 @@ def _walls_parser():
     p.add_argument('--wall-code', type=_at_least(0), metavar='N', help="mask value that means wall (any value but 0 if not given), with --data")
     p.add_argument('--n-rooms', type=_at_least(4), metavar='N', help=f"rooms to make, without --data ({_N_ROOMS})")
     p.add_argument('--size', type=_at_least(32), default=96, metavar='PIXELS', help="side that pictures are squeezed to (%(default)s)")
-    p.add_argument('--epochs', type=_at_least(1), default=10, metavar='N', help="times to go through the training pictures (%(default)s)")
+    p.add_argument('--epochs', type=_at_least(1), default=12, metavar='N', help="times to go through the training pictures (%(default)s)")
     p.add_argument('--bs', type=_at_least(2), default=8, metavar='N', help="pictures in a batch (%(default)s)")
-    p.add_argument('--lr', type=_at_least(1e-8, float), default=5e-3, help="highest learning rate of the one-cycle schedule (%(default)s)")
+    p.add_argument('--lr', type=_at_least(1e-8, float), default=2e-3, help="highest learning rate of the one-cycle schedule (%(default)s)")
     p.add_argument('--arch', default='small', metavar='NAME', help="encoder: small, or any of torchvision or fastai that unet_learner takes, such as resnet34 (%(default)s)")
     p.add_argument('--pretrained', action='store_true', help="start from the encoder's pretrained weights (downloads them)")
     p.add_argument('--no-attention', action='store_true', help="train without self-attention, to compare")
@@ -330,7 +335,7 @@ def _walls_args(argv):
     if not args.data: args.n_rooms = args.n_rooms or _N_ROOMS
     return args
 
-# %% ../nbs/api/10_walls.ipynb #f923024e
+# %% ../nbs/api/10_walls.ipynb #d623b4f1
 def _new_folder(out):
     "Make the run folder, the next free `walls-run-N` if `out` is None"
     n = 1
@@ -347,8 +352,8 @@ def _prepare(args, arch, items, out):
     "Learner and test items of a run, all that can still fail before training"
     if items is None: items = wall_items(make_rooms(out/'rooms', args.n_rooms, args.size, args.seed))
     train,valid,test = split_walls(items, args.seed)
+    set_seed(args.seed)     # before the `DataLoaders`, which draw the order of their batches from it
     dls = wall_dls(train, valid, args.size, args.bs, args.wall_code)
-    set_seed(args.seed)
     try: learn = wall_learner(dls, arch, self_attention=not args.no_attention, pretrained=args.pretrained, path=out)
     except Exception as e: raise ValueError(f"no U-Net on --arch {args.arch}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
     return learn,test

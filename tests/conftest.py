@@ -1,0 +1,37 @@
+import os, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+
+root = Path(__file__).resolve().parent.parent
+bin_dir = Path(sys.executable).parent
+
+def project_files():
+    "Every file of the project: what git tracks or would add"
+    out = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
+                         cwd=root, capture_output=True, text=True, check=True).stdout
+    return sorted({f for f in out.split('\0') if f and (root/f).is_file()})
+
+def contents(folder):
+    "Bytes of each file below `folder`, but for Python's own caches"
+    return {p.relative_to(folder).as_posix(): p.read_bytes()
+            for p in folder.rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+
+def changed(before, after): return sorted(k for k in before.keys()|after.keys() if before.get(k) != after.get(k))
+
+def run(*args, cwd, **env):
+    "Run a command in `cwd`; fail with its output if it fails"
+    res = subprocess.run([str(a) for a in args], cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, text=True, env={**os.environ, **env})
+    if res.returncode: pytest.fail(f"{' '.join(map(str, args))}\n{res.stdout[-20000:]}", pytrace=False)
+    return res.stdout
+
+def copy_project(dest):
+    for f in project_files():
+        (dest/f).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root/f, dest/f)
+    return dest
+
+@pytest.fixture
+def checkout(tmp_path):
+    "A copy of the project to run tools in"
+    return copy_project(tmp_path/'checkout')
