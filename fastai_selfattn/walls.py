@@ -260,8 +260,10 @@ def plot_recolored(
         for ax,color in zip(row[1:], colors): _show(ax, recolor(photo, prob, color), color if first else None)
     return axs
 
-# %% ../nbs/api/10_walls.ipynb #66e7d6e7
-def _write_table(df): return '\n'.join(['| '+' | '.join(map(str, r))+' |' for r in [df.columns, ['---']*len(df.columns), *df.values.tolist()]])
+# %% ../nbs/api/10_walls.ipynb #aaac2a6f
+def _cell(v): return f'{v:.4g}' if isinstance(v, float) else str(v)
+
+def _write_table(df): return '\n'.join(['| '+' | '.join(map(_cell, r))+' |' for r in [df.columns, ['---']*len(df.columns), *df.values.tolist()]])
 
 def write_report(
     out:Path, # the run folder, with `table.csv` and the pictures in it

@@ -5,12 +5,6 @@ import pytest
 root = Path(__file__).resolve().parent.parent
 bin_dir = Path(sys.executable).parent
 
-def project_files():
-    "Every file of the project: what git tracks or would add"
-    out = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
-                         cwd=root, capture_output=True, text=True, check=True).stdout
-    return sorted({f for f in out.split('\0') if f and (root/f).is_file()})
-
 def contents(folder):
     "Bytes of each file below `folder`, but for Python's own caches"
     return {p.relative_to(folder).as_posix(): p.read_bytes()
@@ -24,6 +18,11 @@ def run(*args, cwd, **env):
                          stderr=subprocess.STDOUT, text=True, env={**os.environ, **env})
     if res.returncode: pytest.fail(f"{' '.join(map(str, args))}\n{res.stdout[-20000:]}", pytrace=False)
     return res.stdout
+
+def project_files():
+    "Every file of the project: what git tracks or would add"
+    out = run('git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard', cwd=root)
+    return sorted({f for f in out.split('\0') if f and (root/f).is_file()})
 
 def copy_project(dest):
     for f in project_files():

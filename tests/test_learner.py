@@ -112,8 +112,8 @@ def test_maps_are_those_of_a_recorder_on_the_same_batch(rooms, n, points):
         for ax, point, amap in zip(row[1:], placed, want[i]):
             np.testing.assert_allclose(ax.images[-1].get_array(), amap * amap.numel(), rtol=1e-3, atol=1e-4)
             assert ax.lines[-1].get_xydata().tolist() == [list(point[::-1])]
-            assert ax.images[-1].get_clim() == (0, pytest.approx(want.max().item() * want[0, 0].numel(), rel=1e-3))      # one scale a layer
-    assert axs[0, 1].images[-1].get_clim() != axs[1, 1].images[-1].get_clim()
+            assert ax.images[-1].get_clim() == (0, pytest.approx(max(2, want[i].max().item() * amap.numel()), rel=1e-3))      # one scale a row
+    if len(placed) > 1: assert len({row[1].images[-1].get_clim() for row in axs}) > 1
 
 
 @pytest.mark.parametrize('tfms', [None, [], [Normalize.from_stats(*imagenet_stats)]], ids=['augmented', 'plain', 'normalised'])

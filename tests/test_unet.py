@@ -100,7 +100,7 @@ def test_same_seed_same_parameters_and_next_random_number(self_attention):
     theirs, drawn = unet(fastai_learner.create_unet_model, self_attention=self_attention), torch.rand(3)
     ours, drawn_after = unet(self_attention=self_attention), torch.rand(3)
     assert same(dict(theirs.named_parameters()), dict(ours.named_parameters())) and torch.equal(drawn, drawn_after)
-    assert [m.training for m in theirs.modules() if not list(m.children())] == [m.training for m in ours.modules() if not list(m.children())]
+    assert [m.training for m in theirs.modules()] == [m.training for m in ours.modules()]
 
 
 def test_same_seed_same_learner(dls):
