@@ -29,10 +29,10 @@ def short_names(
     while shared(-1): parts = [p[:-1] for p in parts]
     return ['.'.join(p) for p in parts]
 
-# %% ../nbs/api/06_callbacks.ipynb #0382b09a
+# %% ../nbs/api/06_callbacks.ipynb #055c8adf
 class GammaLogger(Callback):
     "Log gamma of every attention layer: a column each in the training table, and each training step in `history`"
-    order = Recorder.order+1
+    order,remove_on_fetch = Recorder.order+1,True
     def __init__(self): self._rows = []
 
     @property
@@ -48,14 +48,15 @@ class GammaLogger(Callback):
         layers = attention_layers(self.learn.model)
         self._layers = {f'gamma_{s}' if s else 'gamma':m for s,m in zip(short_names(layers), layers.values())}
         self._logging = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
-        self._trained = False
+        self._warn = self._logging and not self._layers
         if not self._logging: return
-        if not self._layers: warnings.warn("GammaLogger: no attention layer in this model, so there is no gamma to log")
         names = self.learn.recorder.metric_names
         at = len(names)-1 if self.learn.recorder.add_time else len(names)
         self.learn.recorder.metric_names = names[:at] + list(self._layers) + names[at:]
 
     def before_train(self):
+        if self._warn: warnings.warn("GammaLogger: no attention layer in this model, so there is no gamma to log")
+        self._warn = False
         if self._logging and self._layers and not self._rows: self._log(0, 0.)
 
     def after_batch(self):

@@ -41,7 +41,7 @@ def _looking(model):
     finally:
         for m,training in modes: m.training = training
 
-# %% ../nbs/api/07_learner.ipynb #eba37290
+# %% ../nbs/api/07_learner.ipynb #cb6f903f
 def _default_points(h, w): return [(h//4, w//4), (h//2, w//2), (3*h//4, 3*w//4)]
 
 @patch
@@ -60,13 +60,14 @@ def show_attention(self:Learner,
     h,w = x.shape[-2:]
     points = _default_points(h, w) if points is None else points
     with _looking(self.model) as model, AttentionRecorder(model, points) as rec: model(x)
+    points = rec.points
     images = dl.decode(batch)[0].float()/255
     rows = [(name,i) for i in range(len(items)) for name in rec.maps]
     fig,axs = plt.subplots(len(rows), len(points)+1, figsize=(size*w/h*(len(points)+1)+1, size*len(rows)+.3), squeeze=False, layout='constrained')
     for row,(name,i) in zip(axs, rows):
         maps = rec.maps[name][i]
         vmax = max(2., maps.max().item()*maps[0].numel())     # the average is in the middle of the scale, or below
-        row[0].imshow(images[i].permute(1,2,0).clamp(0,1).cpu())
+        row[0].imshow(images[i].permute(1,2,0).clamp(0,1).cpu().numpy())
         row[0].set_axis_off()
         row[0].set_title(f'{name}, gamma {rec.gammas[name]:.3g}', fontsize=9)
         for ax,point,amap in zip(row[1:], points, maps):

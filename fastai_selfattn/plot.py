@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-# %% ../nbs/api/04_plot.ipynb #6aba79d6
+# %% ../nbs/api/04_plot.ipynb #ba4e7d75
 def plot_attention(
     image:Tensor, # (h, w), (1, h, w) or (3, h, w) image, values 0 to 1
     amap:Tensor, # (mh, mw) weights of one query pixel, as a row of `ops.attention_weights`; sums to 1
@@ -30,10 +30,10 @@ def plot_attention(
     if image.dim() == 3: image = image.mean(0)
     (h,w),(row,col) = image.shape,point
     if ax is None: ax = plt.subplots(figsize=(3.6, 3.6*h/w))[1]
-    ax.imshow(image, cmap='gray', vmin=0, vmax=1)
+    ax.imshow(image.numpy(), cmap='gray', vmin=0, vmax=1)
     amap = amap*amap.numel()
     if vmax is None: vmax = amap.max().item()
-    ax.imshow(amap, cmap='magma', vmin=0, vmax=vmax, alpha=alpha*(.2+.8*(amap/vmax).clamp(0, 1)), extent=(-.5,w-.5,h-.5,-.5))
+    ax.imshow(amap.numpy(), cmap='magma', vmin=0, vmax=vmax, alpha=(alpha*(.2+.8*(amap/vmax).clamp(0, 1))).numpy(), extent=(-.5,w-.5,h-.5,-.5))
     ax.plot(col, row, 'o', ms=8, mfc='none', mec='k', mew=3.5)
     ax.plot(col, row, 'o', ms=8, mfc='none', mec='w', mew=1.5)
     ax.set_axis_off()

@@ -33,18 +33,18 @@ def _cells(points, image_size, map_size):
         idxs.append(idx)
     return idxs
 
-# %% ../nbs/api/03_record.ipynb #0c012f31
+# %% ../nbs/api/03_record.ipynb #5e718d48
 def _check_points(points):
     "`points` as a list of tuples of ints; raise unless they are whole-number coordinates"
-    if isinstance(points, str) or not isinstance(points, (Sequence,Tensor)) or not len(points):
-        raise ValueError(f"`points` must be a list of (row, col) in image pixels with at least one point, got {points!r}")
     points = points.tolist() if isinstance(points, Tensor) else points
+    if isinstance(points, str) or not isinstance(points, Sequence) or not len(points):
+        raise ValueError(f"`points` must be a list of (row, col) in image pixels with at least one point, got {points!r}")
     for p in points:
         if not isinstance(p, (tuple,list)) or not p or any(isinstance(x, bool) or not hasattr(x, '__index__') for x in p):
             raise ValueError(f"each of `points` must be (row, col) in whole image pixels, got {p!r}")
     return [tuple(map(int, p)) for p in points]
 
-# %% ../nbs/api/03_record.ipynb #20996ad2
+# %% ../nbs/api/03_record.ipynb #d22548c9
 class AttentionRecorder:
     "Context manager that collects what chosen query pixels attend to, in every attention layer, during a forward pass of `model`"
     def __init__(self,
@@ -60,7 +60,7 @@ class AttentionRecorder:
 
     def __enter__(self):
         self._hooks.append(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
-        for name,m in self.layers.items(): self._hooks.append(m.register_forward_hook(self._look(name)))
+        for name,m in self.layers.items(): self._hooks.append(m.register_forward_hook(self._look(name), with_kwargs=True))
         return self
 
     def __exit__(self, *exc):
@@ -68,7 +68,9 @@ class AttentionRecorder:
 
     def _before(self, model, args, kwargs):
         "Note the image size of a new forward pass and forget the maps of the one before"
-        size = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)).shape[2:]
+        x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if x is None: raise TypeError(f"no tensor among the arguments of this {type(self.model).__name__}: points are placed on the first one, the image (bs, channels, ...)")
+        size = x.shape[2:]
         for p in self.points:
             if len(p) != len(size) or not all(0 <= x < s for x,s in zip(p, size)):
                 raise ValueError(f"point {p} is not on the image of {'x'.join(map(str, size))} pixels: give (row, col) from (0, 0) to {tuple(s-1 for s in size)}")
@@ -76,8 +78,9 @@ class AttentionRecorder:
         self.maps.clear(), self.gammas.clear()
 
     def _look(self, name):
-        def hook(layer, args, out):
-            x,n_map = args[0],args[0].shape[2:]
+        def hook(layer, args, kwargs, out):
+            x = args[0] if args else kwargs['x']
+            n_map = x.shape[2:]
             if len(n_map) != len(self._size):
                 raise ValueError(f"{name} sees a map of size {tuple(n_map)}, the image has size {tuple(self._size)}: points cannot be placed on it")
             w = attention_weights(*layer.query_key(x), _cells(self.points, self._size, n_map))

@@ -19,11 +19,12 @@ from torch import nn
 
 from .layers import SelfAttention
 
-# %% ../nbs/api/05_unet.ipynb #81c30f2f
+# %% ../nbs/api/05_unet.ipynb #06789110
 def _take_over(theirs):
     "Our layer with the convs, gamma and mode of fastai's `theirs`"
     with torch.random.fork_rng(devices=[]): ours = SelfAttention(theirs.query[0].in_channels)
     ours.query,ours.key,ours.value,ours.gamma = theirs.query,theirs.key,theirs.value,theirs.gamma
+    for conv in (ours.query,ours.key,ours.value): conv[0].weight = conv[0].weight.detach()     # fastai has run the layer: see layers, Copies
     return ours.train(theirs.training)
 
 # %% ../nbs/api/05_unet.ipynb #f1600df9
@@ -65,7 +66,7 @@ def create_unet_model(
     if not _swap(model) and self_attention: raise ValueError(_no_place(model))
     return model
 
-# %% ../nbs/api/05_unet.ipynb #9399345f
+# %% ../nbs/api/05_unet.ipynb #7c5a70c6
 @delegates(fastai_learner.unet_learner)
 def unet_learner(
     dls:DataLoaders, # images and masks
@@ -82,7 +83,7 @@ def unet_learner(
     try:
         learn = fastai_learner.unet_learner(dls, arch, *args, **kwargs)
         if not _swap(learn.model) and self_attention: raise ValueError(_no_place(learn.model))
-    except Exception:
+    except BaseException:     # Ctrl-C during a download too
         for p,fs in zip(pipes, tfms): p.fs = fs
         raise
     return learn
