@@ -9,10 +9,11 @@ __all__ = ['open_photo', 'open_mask', 'mask_of', 'wall_items', 'split_walls', 'w
            'wall_learner', 'evaluate_walls', 'wall_probability', 'recolor', 'plot_predictions', 'plot_recolored',
            'write_report', 'walls_main', 'recolor_main']
 
-# %% ../nbs/api/10_walls.ipynb #70e185a6
+# %% ../nbs/api/10_walls.ipynb #8952e5b1
 import argparse
 import difflib
 import glob
+import shlex
 import shutil
 import sys
 import warnings
@@ -337,7 +338,7 @@ def _walls_args(argv):
     if not args.data: args.n_rooms = args.n_rooms or _N_ROOMS
     return args
 
-# %% ../nbs/api/10_walls.ipynb #d623b4f1
+# %% ../nbs/api/10_walls.ipynb #2d25b226
 def _new_folder(out):
     "Make the run folder, the next free `walls-run-N` if `out` is None"
     n = 1
@@ -374,7 +375,7 @@ def _finish(learn, test, args):
     print(f"\ntest Dice {figures['dice']:.3f} (calling everything wall: {figures['all_wall_dice']:.3f}), wall IoU {figures['wall_iou']:.3f}")
     for name,g in gammas.items(): print(f"gamma {g:.4f} ({name})")
     print(f"results: {out}, start with {out/'report.md'}\n"
-          f'on your own photo: selfattn-recolor --model {out/"export.pkl"} --color "#7aa6c2" photo.jpg')
+          f'on your own photo: selfattn-recolor --model {shlex.quote(str(out/"export.pkl"))} --color "#7aa6c2" photo.jpg')
 
 def walls_main(
     argv:Sequence[str]=None, # arguments, those of the shell if None

@@ -6,6 +6,7 @@ import pickle
 import fastai.layers
 import pytest
 import torch
+from conftest import Largest
 from fastai.torch_core import TensorImage, apply_init
 from torch import nn
 from torch.nn import functional as F
@@ -206,14 +207,6 @@ def test_bad_input_is_named_and_nothing_moves(x, error, says):
 
 
 def test_no_tensor_of_n_by_n():
-    from torch.utils._python_dispatch import TorchDispatchMode
-    class Largest(TorchDispatchMode):
-        numel = 0
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(t, torch.Tensor): self.numel = max(self.numel, t.numel())
-            return out
     n, found = 48 * 48, {}
     for cls in (fastai.layers.SelfAttention, layers.SelfAttention):
         layer, x = cls(16), torch.randn(1, 16, 48, 48)

@@ -6,10 +6,10 @@ import fastai.layers
 import numpy as np
 import pytest
 import torch
+from conftest import Largest
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastai_selfattn.layers import SelfAttention
 from fastai_selfattn.ops import attention_weights
@@ -185,13 +185,6 @@ def test_the_last_forward_pass_wins():
 
 
 def test_no_tensor_of_n_by_n():
-    class Largest(TorchDispatchMode):
-        numel = 0
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(t, torch.Tensor): self.numel = max(self.numel, t.numel())
-            return out
     n, layer, x = 48 * 48, SelfAttention(16), torch.randn(1, 16, 48, 48)
     with Largest() as largest, AttentionRecorder(layer, [(i, 2 * i) for i in range(11)]): layer(x)
     with Largest() as whole: attention_weights(*layer.query_key(x), range(n))
