@@ -8,6 +8,8 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/layers.html.md"""
 __all__ = ['SelfAttention']
 
 # %% ../nbs/api/01_layers.ipynb #672bea38
+from numbers import Integral
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -51,9 +53,10 @@ class SelfAttention(nn.Module):
         n_channels:int, # channels of the feature map, 1 or more; queries and keys get an eighth of them, at least 1
     ):
         super().__init__()
-        if isinstance(n_channels, bool) or not isinstance(n_channels, int):
+        if isinstance(n_channels, bool) or not isinstance(n_channels, Integral):
             raise TypeError(f"`n_channels` must be an int, the channels of the feature map; got {n_channels!r}")
         if n_channels < 1: raise ValueError(f"`n_channels` must be 1 or more, the channels of the feature map; got {n_channels}")
+        n_channels = int(n_channels)
         d = max(1, n_channels//8)
         self.query,self.key,self.value = _conv(n_channels, d),_conv(n_channels, d),_conv(n_channels, n_channels)
         self.gamma = nn.Parameter(torch.zeros(1))

@@ -4,6 +4,7 @@ import io
 import pickle
 
 import fastai.layers
+import numpy as np
 import pytest
 import torch
 from conftest import Largest
@@ -187,6 +188,8 @@ def test_query_key_is_a_look_only():
     with pytest.raises(ValueError): layer.query_key(x[:, :5])
     assert layer.training
 
+
+def test_any_integer_will_do(): assert SelfAttention(np.int64(24)).query[0].in_channels == 24
 
 @pytest.mark.parametrize('n,error', [(0, ValueError), (-8, ValueError), (8., TypeError), ('8', TypeError), (True, TypeError)])
 def test_bad_n_channels_is_named(n, error):
