@@ -125,7 +125,7 @@ def _check(**tensors):
     if tensors['q'].shape[2] != tensors['k'].shape[2]:
         raise ValueError(f"`q` and `k` must have the same channels, got {tensors['q'].shape[2]} and {tensors['k'].shape[2]}")
     if tensors['k'].shape[1] == 0: raise ValueError("`k` is empty: a query pixel needs at least one pixel to attend to")
-    return [t.as_subclass(Tensor) for t in tensors.values()]
+    return [t if type(t) is Tensor else t.as_subclass(Tensor) for t in tensors.values()]
 
 # %% ../nbs/api/00_ops.ipynb #4569125f
 def attend(

@@ -68,7 +68,7 @@ def test_maps_are_rows_of_beta_of_this_very_pass(nd, train):
     assert list(rec.maps) == ['1', '5'] and rec.gammas == {'1': pytest.approx(.7), '5': pytest.approx(.7)}
     for (name, maps), stride in zip(rec.maps.items(), (2, 6)):
         assert maps.shape == (2, 3, *[s // stride for s in SIZES[nd]])
-        rows = lambda steps: torch.stack([beta(model[int(name)], seen[name], steps)[:, *[x // stride for x in p]] for p in POINTS[nd]], 1)
+        rows = lambda steps: torch.stack([beta(model[int(name)], seen[name], steps)[(slice(None), *[x // stride for x in p])] for p in POINTS[nd]], 1)
         torch.testing.assert_close(maps, rows(0), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(maps.flatten(2).sum(-1), torch.ones(2, 3))
         if name == '1': assert (maps - rows(1)).abs().max() > 1e-4        # one power iteration more would be seen
