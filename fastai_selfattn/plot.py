@@ -10,7 +10,6 @@ __all__ = ['plot_attention', 'plot_gamma']
 # %% ../nbs/api/04_plot.ipynb #2b53f19e
 import matplotlib.pyplot as plt
 import pandas as pd
-import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 

@@ -10,7 +10,6 @@ __all__ = ['attention_layers', 'AttentionRecorder']
 # %% ../nbs/api/03_record.ipynb #9ba8c2bb
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from .layers import SelfAttention

@@ -15,7 +15,6 @@ from fastai.learner import Learner
 from fastai.vision import learner as fastai_learner
 from fastai.vision.models.unet import DynamicUnet, UnetBlock
 from fastcore.meta import delegates
-from torch import nn
 
 from .layers import SelfAttention
 
