@@ -1,11 +1,12 @@
 "Everything a notebook needs: `from fastai_selfattn.all import *`, after `from fastai.vision.all import *`"
 from fastai_selfattn import learner  # noqa: F401  gives `Learner` its methods
 from fastai_selfattn.callbacks import GammaLogger
-from fastai_selfattn.layers import SelfAttention
-from fastai_selfattn.ops import attend, attention_weights
+from fastai_selfattn.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention, fuse_attention
+from fastai_selfattn.ops import attend, attention_backend, attention_weights, dot_attend
 from fastai_selfattn.plot import plot_attention, plot_gamma
 from fastai_selfattn.record import AttentionRecorder, attention_layers
 from fastai_selfattn.unet import create_unet_model, unet_learner
 
-__all__ = ['attend', 'attention_weights', 'SelfAttention', 'create_unet_model', 'unet_learner', 'AttentionRecorder',
+__all__ = ['attend', 'attention_backend', 'attention_weights', 'dot_attend', 'SelfAttention', 'PooledSelfAttention2d',
+           'PaperSelfAttention', 'SimpleSelfAttention', 'fuse_attention', 'create_unet_model', 'unet_learner', 'AttentionRecorder',
            'attention_layers', 'plot_attention', 'plot_gamma', 'GammaLogger']

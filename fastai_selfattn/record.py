@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .layers import SelfAttention
-from .ops import attention_weights
 
 # %% ../nbs/api/03_record.ipynb #bb82b1f4
 def attention_layers(
     model:nn.Module, # any model
 )->dict[str,SelfAttention]: # module path -> layer, in the order of `named_modules`
-    "The attention layers in `model`, empty if there are none"
-    return {name:m for name,m in model.named_modules() if isinstance(m, SelfAttention)}
+    "The attention layers in `model` that weigh pixels by a softmax, empty if there are none"
+    return {name:m for name,m in model.named_modules() if isinstance(m, SelfAttention) and m.softmax}
 
 # %% ../nbs/api/03_record.ipynb #ddc94475
 def _cells(points, image_size, map_size):
@@ -53,7 +52,7 @@ class AttentionRecorder:
         self.model,self.points,self.layers = model,_check_points(points),attention_layers(model)
         if not self.layers:
             raise ValueError(f"no attention layer in this {type(model).__name__}: put a `SelfAttention` into it, or make a U-Net with `self_attention=True`")
-        self.maps:dict[str,Tensor] = {}    # module path -> (bs, points, *map size), each map sums to 1; float32 on the CPU
+        self.maps:dict[str,Tensor] = {}    # module path -> (bs, points, *map size), each map sums to 1, mean of the heads; on the pooled map where keys are pooled; float32 on the CPU
         self.gammas:dict[str,float] = {}   # module path -> gamma
         self._hooks = []
 
@@ -82,7 +81,7 @@ class AttentionRecorder:
             n_map = x.shape[2:]
             if len(n_map) != len(self._size):
                 raise ValueError(f"{name} sees a map of size {tuple(n_map)}, the image has size {tuple(self._size)}: points cannot be placed on it")
-            w = attention_weights(*layer.query_key(x), _cells(self.points, self._size, n_map))
-            self.maps[name] = w.unflatten(-1, n_map).float().cpu()
+            w = layer.attention_weights(x, _cells(self.points, self._size, n_map))
+            self.maps[name] = w.mean(1).float().cpu()
             self.gammas[name] = layer.gamma.item()
         return hook
