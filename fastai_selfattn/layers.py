@@ -257,7 +257,7 @@ def merge(self:PaperSelfAttention)->SelfAttention: # in the mode, dtype and devi
     new._settled = True
     return new.train(self.training)
 
-# %% ../nbs/api/01_layers.ipynb #8720582a
+# %% ../nbs/api/01_layers.ipynb #31a18365
 class SimpleSelfAttention(_Attention):
     "Attention with dot products as weights, in the cheaper order of products (`fastai.layers.SimpleSelfAttention`)"
     def __init__(self,
@@ -293,7 +293,8 @@ class SimpleSelfAttention(_Attention):
         if self.sym or _is_plain(self.conv):
             w = _norm_weight(self.conv)
             if self.sym: w = (w+w.transpose(0, 1))/2
-            q = F.conv1d(pixels, self.gamma*w, padding=self.ks//2)
+            w = self.gamma*w
+            q = _mix(w.squeeze(2), pixels) if self.ks == 1 else F.conv1d(pixels, w, padding=self.ks//2)
         else:
             q = self.gamma*self.conv(pixels)
             _without_graph(self.conv)

@@ -26,7 +26,7 @@ def _tile(bs, rows, cols):
     cols = min(cols, _COLS)
     return 1,min(rows, _ROWS*_COLS//cols),cols
 
-# %% ../nbs/api/00_ops.ipynb #debc97de
+# %% ../nbs/api/00_ops.ipynb #d5b9d8df
 _LOG2E,_SAFE = math.log2(math.e),100.
 
 def _precise(t): return torch.promote_types(t.dtype, torch.float32)
@@ -41,8 +41,8 @@ def _length(t): return t.square().sum(-1, keepdim=True).sqrt()
 def _safe(v):
     "The bound on logits up to which neither weights nor sums of weighted values leave the range of float32"
     if not v.numel(): return _SAFE
-    low,high = v.aminmax()
-    return (126 - (v.shape[1]*torch.maximum(high, -low)).log2()).clamp(max=_SAFE)
+    largest = torch.maximum(v.amax(), -v.amin())     # `aminmax` would copy a map that is not contiguous
+    return (126 - (v.shape[1]*largest).log2()).clamp(max=_SAFE)
 
 # %% ../nbs/api/00_ops.ipynb #caf70416
 def _steps(dim, size, *tensors): return zip(*(t.split(size, dim) for t in tensors))
@@ -177,14 +177,18 @@ class _AttendGrad(Function):
     @staticmethod
     def vmap(info, in_dims, *args): return _fold(_AttendGrad.apply, info, in_dims, args)
 
-# %% ../nbs/api/00_ops.ipynb #c635e458
+# %% ../nbs/api/00_ops.ipynb #252b8ba3
 def _math(q, k, v, scale):
     dtype = v.dtype
     q,k,v = (t.to(_precise(t)) for t in (q,k,v))
     o = (scale*q@k.mT).softmax(-1) @ v if v.stride(-1) == 1 else (v.mT @ (k@(scale*q).mT).softmax(1)).mT
     return o.to(dtype)
 
-def _tiled(q, k, v, scale): return _Attend.apply(q, k, v, scale)[0]
+def _tiled(q, k, v, scale):
+    if torch.compiler.is_compiling(): return _Attend.apply(q, k, v, scale)[0]
+    try: return _Attend.apply(q, k, v, scale)[0]
+    except NotImplementedError as e:     # forward-mode derivatives, the one thing that a `Function` without `jvp` lacks
+        raise NotImplementedError("tiled attention has no forward-mode derivative: use reverse mode (`torch.func.grad`, `jacrev`), or `attention_backend('math')`") from e
 
 def _sdpa(q, k, v, scale): return F.scaled_dot_product_attention(q[:,None], k[:,None], v[:,None], scale=scale)[:,0]
 
@@ -193,9 +197,10 @@ def exporting()->bool: # whether `torch.export` or `torch.onnx.export` is tracin
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 def _auto(q, k, v, scale):
+    if exporting(): return _math(q, k, v, scale)
     bs,nq,nk,dv = *q.shape[:2],*v.shape[1:]
     small = nk <= 512 and (nk <= 2*dv or bs*nq*nk <= 512*512)
-    return (_math if exporting() or small else _tiled)(q, k, v, scale)
+    return (_math if small else _tiled)(q, k, v, scale)
 
 _backends = dict(auto=_auto, math=_math, tiled=_tiled, sdpa=_sdpa)
 _backend = 'auto'

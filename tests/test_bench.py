@@ -13,6 +13,13 @@ import torch
 
 from fastai_selfattn import bench, ops
 from fastai_selfattn.bench import (Shape, attention_cost, bench_main, bench_shape, bench_table, check_layers, parse_contestants, parse_shapes, peak_extra,
+import matplotlib.pyplot as plt
+
+@pytest.fixture(autouse=True)
+def no_figures_left():
+    yield
+    plt.close('all')
+
                                    plot_bench)
 
 SAME = [n for n,c in bench._contestants.items() if c.same]

@@ -251,11 +251,12 @@ def test_a_backend_runs_when_asked_for(backend, monkeypatch):
     assert ran == [backend]
 
 
-@pytest.mark.parametrize('nk,dv,want', [(512, 256, '_math'), (513, 600, '_tiled'), (512, 255, '_tiled'), (7, 3, '_tiled'), (7, 4, '_math')])
-def test_auto_holds_no_map_larger_than_two_feature_maps(nk, dv, want, monkeypatch):
+@pytest.mark.parametrize('bs,nq,nk,dv,want', [(1, 2000, 512, 256, '_math'), (1, 2, 513, 600, '_tiled'), (1, 513, 512, 255, '_tiled'), (1, 512, 512, 255, '_math'), (2, 512, 512, 255, '_tiled'), (3, 5, 7, 2, '_math')])
+def test_auto_holds_only_maps_that_are_small(bs, nq, nk, dv, want, monkeypatch):
+    "At most 512 keys, and beta no larger than two feature maps or than 512 x 512"
     ran = []
     for name in ('_math', '_tiled'): monkeypatch.setattr(ops, name, lambda *a, name=name: ran.append(name))
-    attend(*inputs(1, 2, nk, 3, dv))
+    attend(*inputs(bs, nq, nk, 3, dv))
     assert ran == [want]
 
 

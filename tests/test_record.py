@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastai_selfattn.layers import SelfAttention
-from fastai_selfattn.ops import attention_weights
 from fastai_selfattn.record import AttentionRecorder, _cells, attention_layers
 
 SIZES = {1: (42,), 2: (30, 42), 3: (6, 18, 30)}     # maps of a half and of a sixth of each side
@@ -187,7 +186,7 @@ def test_the_last_forward_pass_wins():
 def test_no_tensor_of_n_by_n():
     n, layer, x = 48 * 48, SelfAttention(16), torch.randn(1, 16, 48, 48)
     with Largest() as largest, AttentionRecorder(layer, [(i, 2 * i) for i in range(11)]): layer(x)
-    with Largest() as whole: attention_weights(*layer.query_key(x), range(n))
+    with Largest() as whole: layer.attention_weights(x, range(n))
     assert largest.numel <= n * n / 8 and whole.numel >= n * n     # the measure sees it where it is
 
 
