@@ -6,6 +6,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import fastai.layers
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,17 +14,15 @@ import torch
 
 from fastai_selfattn import bench, ops
 from fastai_selfattn.bench import (Shape, attention_cost, bench_main, bench_shape, bench_table, check_layers, parse_contestants, parse_shapes, peak_extra,
-import matplotlib.pyplot as plt
+                                   plot_bench)
 
+SAME = [n for n,c in bench._contestants.items() if c.same]
+SHAPE = Shape(2, 24, 5, 7)
 @pytest.fixture(autouse=True)
 def no_figures_left():
     yield
     plt.close('all')
 
-                                   plot_bench)
-
-SAME = [n for n,c in bench._contestants.items() if c.same]
-SHAPE = Shape(2, 24, 5, 7)
 has_proc = pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason="peak memory is measured on Linux")
 
 @pytest.fixture
