@@ -67,9 +67,9 @@ def _is_plain(layer):
 
 def _norm_weight(conv):
     "Weight of a plain conv after its norm; in training mode that moves the power iteration one step, as a forward pass does"
-    norm = next((h for h in conv._forward_pre_hooks.values() if isinstance(h, _norms)), None)
-    if norm is None: return conv.weight
-    if isinstance(norm, SpectralNorm): weight = norm.compute_weight(conv, conv.training)
+    norms = [h for h in conv._forward_pre_hooks.values() if isinstance(h, _norms)]
+    if not norms: return conv.weight
+    if isinstance(norms[0], SpectralNorm): weight = norms[0].compute_weight(conv, conv.training)
     else:     # written out, since the second derivative of `torch._weight_norm` is wrong
         weight = conv.weight_v*(conv.weight_g/torch.linalg.vector_norm(conv.weight_v, dim=tuple(range(1, conv.weight_v.dim())), keepdim=True))
     if not (torch.compiler.is_compiling() or is_functorch_wrapped_tensor(weight)): conv.weight = weight.detach()     # what a call of the conv would leave there
