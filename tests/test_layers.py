@@ -20,7 +20,7 @@ from torch.func import functional_call, grad, jacfwd, jacrev, vmap
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastai_selfattn import layers, ops
+from fastai_selfattn import ops
 from fastai_selfattn.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention, fuse_attention
 from fastai_selfattn.ops import attention_backend
 
