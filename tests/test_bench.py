@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastai_selfattn import bench, ops
-from fastai_selfattn.bench import (Shape, attention_cost, bench_main, bench_shape, bench_table, check_layers, parse_contestants, parse_shapes, peak_extra,
+from fastai_selfattn.bench import (Shape, attention_cost, bench_main, bench_shape, bench_table, check_layers, parse_contestants, peak_extra,
                                    plot_bench)
 
 SAME = [n for n,c in bench._contestants.items() if c.same]

@@ -27,7 +27,7 @@ def sagan_code(x, theta, phi, g, out, sigma):
 
 def test_sagan_code_is_the_pooled_layer(x):
     layer = PooledSelfAttention2d(c, gamma=-.7).double()
-    for _ in range(200): y = layer(x)
+    for _ in range(200): layer(x)
     W = normed(layer)
     assert [tuple(m.shape[:2]) for m in W.values()] == [(2, 20), (2, 20), (10, 20), (20, 10)]
     torch.testing.assert_close(layer.eval()(x), sagan_code(x, W['query'], W['key'], W['value'], W['out'], -.7), rtol=1e-6, atol=1e-6)
