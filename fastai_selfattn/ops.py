@@ -194,7 +194,7 @@ def _sdpa(q, k, v, scale): return F.scaled_dot_product_attention(q[:,None], k[:,
 
 def exporting()->bool: # whether `torch.export` or `torch.onnx.export` is tracing
     "What is computed now becomes a program that must run without this package"
-    old = tuple(map(int, torch.__version__.split('.')[:2])) < (2,15)
+    old = tuple(map(int, torch.__version__.split('.')[:2])) < (2,14)
     if old and torch.compiler.is_dynamo_compiling(): return False     # there `torch.compile` calls itself an export
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
