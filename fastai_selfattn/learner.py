@@ -1,4 +1,4 @@
-"""`learn.plot_gamma()` and `learn.show_attention()`
+"""The methods of a `Learner`: `learn.attention_sites()`, `learn.insert_attention(...)`, `learn.plot_gamma()`, `learn.show_attention()`, and so on
 
 Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/learner.html.md"""
 
@@ -8,8 +8,7 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/learner.html.md"""
 __all__ = []
 
 # %% ../nbs/api/07_learner.ipynb #fde84de0
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,9 +16,14 @@ import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
 from matplotlib.axes import Axes
+from torch import nn
 
+from .insert import insert_attention as _insert_attention, remove_attention as _remove_attention
+from .layers import SelfAttention, eval_mode
 from .plot import plot_attention, plot_gamma as _plot_gamma
 from .record import AttentionRecorder
+from .sites import Site, Sites, attention_sites as _attention_sites
+from .upgrade import Upgrade, upgrade_attention as _upgrade_attention
 
 # %% ../nbs/api/07_learner.ipynb #1ce3bffd
 @patch
@@ -30,16 +34,6 @@ def plot_gamma(self:Learner,
     if not hasattr(self, 'gamma_logger'):
         raise ValueError("this Learner has no `GammaLogger`: make it with `cbs=GammaLogger()`, or call `learn.add_cb(GammaLogger())`, and train")
     return _plot_gamma(self.gamma_logger.history, ax)
-
-# %% ../nbs/api/07_learner.ipynb #dfea2c32
-@contextmanager
-def _looking(model):
-    "`model` in eval mode without gradients; then each module in its own mode again"
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        with torch.no_grad(): yield model.eval()
-    finally:
-        for m,training in modes: m.training = training
 
 # %% ../nbs/api/07_learner.ipynb #cb6f903f
 def _default_points(h, w): return [(h//4, w//4), (h//2, w//2), (3*h//4, 3*w//4)]
@@ -59,7 +53,7 @@ def show_attention(self:Learner,
     x = batch[0]
     h,w = x.shape[-2:]
     points = _default_points(h, w) if points is None else points
-    with _looking(self.model) as model, AttentionRecorder(model, points) as rec: model(x)
+    with torch.no_grad(), eval_mode(self.model) as model, AttentionRecorder(model, points) as rec: model(x)
     points = rec.points
     images = dl.decode(batch)[0].float()/255
     rows = [(name,i) for i in range(len(items)) for name in rec.maps]
@@ -74,3 +68,36 @@ def show_attention(self:Learner,
             plot_attention(images[i], amap, point, ax, vmax=vmax).set_title(f'pixel {tuple(point)}', fontsize=9)
         fig.colorbar(row[-1].images[-1], ax=row, fraction=.03, pad=.01, shrink=.9).set_label('attention, 1 = average', fontsize=8)
     return axs
+
+# %% ../nbs/api/07_learner.ipynb #25b2eb82
+@patch
+def attention_sites(self:Learner,
+    size=None, # of the image, as `sites.attention_sites` takes it; the Learner's own data if None
+)->Sites: # a table of places
+    "`sites.attention_sites` of this Learner's model"
+    return _attention_sites(self, size)
+
+@patch
+def insert_attention(self:Learner,
+    where:bool|str|Sequence|Callable[[Site],bool]|None=None, # names, paths or patterns of sites, True for fastai's place in a U-Net, or a function of a site
+    how:str='append', # 'append': behind the module; 'replace': in its place
+    layer:Callable[...,nn.Module]=SelfAttention, # called with the channels of the map and `layer_args`
+    max_side:int=None, # only maps with no side longer than this, in cells
+    size=None, # of the image; the Learner's own data if None
+    **layer_args # for `layer`, such as `reduction=4`
+)->list[str]: # paths of the new layers
+    "`insert.insert_attention` into this Learner's model and optimizer"
+    return _insert_attention(self, where, how, layer, max_side, size, **layer_args)
+
+@patch
+def remove_attention(self:Learner,
+    where:bool|str|Sequence|Callable[[Site],bool]|None=None, # as in `insert_attention`; all that was inserted if None
+    max_side:int=None, # only maps that had no side longer than this
+)->list[str]: # paths of the layers that were taken out
+    "`insert.remove_attention` from this Learner's model and optimizer"
+    return _remove_attention(self, where, max_side)
+
+@patch
+def upgrade_attention(self:Learner)->Upgrade: # what was changed and what was left alone
+    "`upgrade.upgrade_attention` of this Learner's model"
+    return _upgrade_attention(self)

@@ -1,4 +1,4 @@
-"""`unet_learner(dls, arch, self_attention=True)` with our layer where fastai puts its own
+"""`unet_learner` and `create_unet_model` with attention where you want it
 
 Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/unet.html.md"""
 
@@ -8,47 +8,52 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/unet.html.md"""
 __all__ = ['create_unet_model', 'unet_learner']
 
 # %% ../nbs/api/05_unet.ipynb #38756acf
+from collections.abc import Callable, Sequence
+
 import fastai.layers
-import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.vision import learner as fastai_learner
-from fastai.vision.models.unet import DynamicUnet, UnetBlock
+from fastai.vision.models.unet import DynamicUnet
 from fastcore.meta import delegates
+from torch import nn
 
+from .insert import Place, insert_attention
 from .layers import SelfAttention
-
-# %% ../nbs/api/05_unet.ipynb #06789110
-def _take_over(theirs):
-    "Our layer with the convs, gamma and mode of fastai's `theirs`"
-    with torch.random.fork_rng(devices=[]): ours = SelfAttention(theirs.query[0].in_channels)
-    ours.query,ours.key,ours.value,ours.gamma = theirs.query,theirs.key,theirs.value,theirs.gamma
-    for conv in (ours.query,ours.key,ours.value): conv[0].weight = conv[0].weight.detach()     # fastai has run the layer: see layers, Copies
-    return ours.train(theirs.training)
+from .sites import Site, fastais_place, unet_blocks
+from .upgrade import take_over
 
 # %% ../nbs/api/05_unet.ipynb #f1600df9
-def _blocks(model): return [(i,m) for i,m in enumerate(model.layers) if isinstance(m, UnetBlock)]
-
 def _swap(model):
     "Put our layer in the place of fastai's in the blocks of `model`; how many there were"
-    found = [b.conv2 for _,b in _blocks(model) if isinstance(b.conv2[-1], fastai.layers.SelfAttention)]
-    for conv in found: conv[-1] = _take_over(conv[-1])
+    found = {name:path for name,path in unet_blocks(model).items() if isinstance(model.get_submodule(path)[-1], fastai.layers.SelfAttention)}
+    for name,path in found.items():
+        conv = model.get_submodule(path)
+        conv[-1] = ours = take_over(conv[-1], settled=False)
+        ours.attention_place = Place(Site(name, path, ours.n_channels, is_fastais=name == fastais_place(model)), 'append')     # so that it can be removed
     return len(found)
 
 # %% ../nbs/api/05_unet.ipynb #61f2031a
 def _no_place(model):
-    blocks = _blocks(model)
-    channels = [b.conv2[0].out_channels for _,b in blocks]
-    sites = [f'decoder.{j} (layers.{i}.conv2, {c} channels)' for j,((i,_),c) in enumerate(zip(blocks, channels))]
+    blocks = unet_blocks(model)
     msg = (f"`self_attention=True` puts attention in the third-to-last U-Net block, and this encoder gives only {len(blocks)}: "
            "fastai would silently place none. ")
     if not blocks: return msg + "There is no block to put it in: use an encoder that changes the size of its map between its modules"
-    i,c = blocks[0][0],channels[0]
-    return msg + f"Places there are: {', '.join(sites)}. Use `self_attention=False`, then e.g. `model.layers[{i}].conv2.append(SelfAttention({c}))`"
+    sites = [f'{name} ({path}, {model.get_submodule(path)[0].out_channels} channels)' for name,path in blocks.items()]
+    return msg + f"Places there are: {', '.join(sites)}. Use e.g. `self_attention='decoder.0'`"
 
 # %% ../nbs/api/05_unet.ipynb #cb372753
-def _check_flag(self_attention):
-    if not isinstance(self_attention, bool): raise TypeError(f"`self_attention` must be True or False, got {self_attention!r}")
+def _mode(self_attention, how, layer, max_side):
+    "Whether `self_attention` asks for nothing, for exactly what fastai does, or for places: 'none', 'fastai' or 'where'"
+    if self_attention is None or isinstance(self_attention, int) and not isinstance(self_attention, bool):
+        raise TypeError(f"`self_attention` must be True, False or a place, got {self_attention!r}")
+    if self_attention is False and max_side is None:
+        if how != 'append' or layer is not SelfAttention: raise ValueError("`how` and `layer` say how to insert attention, and `self_attention=False` inserts none: give a place")
+        return 'none'
+    return 'fastai' if self_attention is True and (how,layer,max_side) == ('append',SelfAttention,None) else 'where'
+
+def _insert(model, self_attention, how, layer, max_side, size=None):
+    insert_attention(model, None if self_attention is False else self_attention, how, layer, max_side, size)
 
 @delegates(fastai_learner.create_unet_model)
 def create_unet_model(
@@ -56,13 +61,17 @@ def create_unet_model(
     n_out:int, # channels of the output, one a class
     img_size:tuple[int,int], # (height, width) of the images in pixels
     *args,
-    self_attention:bool=False, # our `SelfAttention` where fastai puts its own; `ValueError` if it would put none
+    self_attention:bool|str|Sequence|Callable[[Site],bool]=False, # True: our `SelfAttention` where fastai puts its own; else a `where` as `insert_attention` takes it
+    how:str='append', # 'append': behind the module of a place; 'replace': instead of it
+    layer:Callable[...,nn.Module]=SelfAttention, # called with the channels of the map; options by `functools.partial(SelfAttention, reduction=4)`
+    max_side:int=None, # only maps with no side longer than this, in cells
     **kwargs
-)->DynamicUnet: # same parameters and state-dict keys as fastai's
-    "`fastai.vision.learner.create_unet_model` with our attention layer"
-    _check_flag(self_attention)
-    model = fastai_learner.create_unet_model(arch, n_out, img_size, *args, self_attention=self_attention, **kwargs)
-    if not _swap(model) and self_attention: raise ValueError(_no_place(model))
+)->DynamicUnet: # with `self_attention=True` the same parameters and state-dict keys as fastai's
+    "`fastai.vision.learner.create_unet_model` with our attention layers; `ValueError` if there is no such place"
+    mode = _mode(self_attention, how, layer, max_side)
+    model = fastai_learner.create_unet_model(arch, n_out, img_size, *args, self_attention=mode == 'fastai', **kwargs)
+    if mode == 'where': _insert(model, self_attention, how, layer, max_side, img_size)
+    elif not _swap(model) and mode == 'fastai': raise ValueError(_no_place(model))
     return model
 
 # %% ../nbs/api/05_unet.ipynb #7c5a70c6
@@ -71,17 +80,21 @@ def unet_learner(
     dls:DataLoaders, # images and masks
     arch, # encoder as `fastai.vision.learner.unet_learner` takes it
     *args,
-    self_attention:bool=False, # our `SelfAttention` where fastai puts its own; `ValueError` if it would put none
+    self_attention:bool|str|Sequence|Callable[[Site],bool]=False, # True: our `SelfAttention` where fastai puts its own; else a `where` as `insert_attention` takes it
+    how:str='append', # 'append': behind the module of a place; 'replace': instead of it
+    layer:Callable[...,nn.Module]=SelfAttention, # called with the channels of the map; options by `functools.partial(SelfAttention, reduction=4)`
+    max_side:int=None, # only maps with no side longer than this, in cells
     **kwargs
 )->Learner: # `Learner` on a `DynamicUnet`
-    "`fastai.vision.learner.unet_learner` with our attention layer"
-    _check_flag(self_attention)
+    "`fastai.vision.learner.unet_learner` with our attention layers; `ValueError` if there is no such place"
+    mode = _mode(self_attention, how, layer, max_side)
     pipes = [dl.after_batch for dl in dls.loaders]
     tfms = [p.fs for p in pipes]
-    if self_attention: kwargs['self_attention'] = True
+    if mode == 'fastai': kwargs['self_attention'] = True
     try:
         learn = fastai_learner.unet_learner(dls, arch, *args, **kwargs)
-        if not _swap(learn.model) and self_attention: raise ValueError(_no_place(learn.model))
+        if mode == 'where': _insert(learn, self_attention, how, layer, max_side)
+        elif not _swap(learn.model) and mode == 'fastai': raise ValueError(_no_place(learn.model))
     except BaseException:     # Ctrl-C during a download too
         for p,fs in zip(pipes, tfms): p.fs = fs
         raise

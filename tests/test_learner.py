@@ -217,9 +217,12 @@ def test_a_classifier_and_one_picture(rooms):
 # --- the names of `all`
 
 NOT_IN_ALL = {'short_names': 'names the columns of `GammaLogger`; nobody needs it in a notebook',
-              'exporting': 'for the layers'}
+              'exporting': 'for the layers', 'eval_mode': 'for whoever looks at a model', 'is_attention': 'for `insert`',
+              'unet_blocks': 'for `unet`', 'fastais_place': 'for `unet`', 'take_over': 'for `unet`',
+              'Site': 'what a table of sites is made of', 'Sites': 'what `attention_sites` gives', 'Place': 'what an inserted layer remembers',
+              'Upgrade': 'what `upgrade_attention` gives', 'AttentionSplitter': 'what `insert_attention` gives to a Learner', 'AttentionParams': 'what `insert_attention` gives to a Learner'}
 
-@pytest.mark.parametrize('module', ['ops', 'layers', 'record', 'plot', 'unet', 'callbacks'])
+@pytest.mark.parametrize('module', ['ops', 'layers', 'sites', 'insert', 'upgrade', 'record', 'plot', 'unet', 'callbacks'])
 def test_every_public_name_is_in_all(module):
     public = importlib.import_module(f'fastai_selfattn.{module}')
     for name in public.__all__:
