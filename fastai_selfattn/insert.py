@@ -22,34 +22,56 @@ from torch import Tensor, nn
 from .layers import SelfAttention, eval_mode
 from .sites import Site, Sites, attention_sites, is_attention, unet_blocks
 
-# %% ../nbs/api/02b_insert.ipynb #29da15eb
+# %% ../nbs/api/02b_insert.ipynb #4534533d
 class _Through:
-    "Forward hook: what a module gives goes through its child `name`"
+    "Forward hook: what a module gives goes through the layer at the path `name` below it"
     def __init__(self, name): self.name = name
-    def __call__(self, module, args, out): return module._modules[self.name](out)
+    def layer(self, module): return module.get_submodule(self.name)
+    def __call__(self, module, args, out): return self.layer(module)(out)
 
 def _is_sequential(module): return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and str(len(module)) not in module._modules
 
 def _hook(host, name):
-    "Send the output of `host` through its child `name`, before any other hook sees it"
+    "Send the output of `host` through the layer at `name` below it, before any other hook sees it"
     host._forward_hooks[f'attention:{name}'] = _Through(name)     # no number, which after unpickling might be given to another hook
     host._forward_hooks.move_to_end(f'attention:{name}', last=False)
 
-def _append(host, layer):
-    "Put `layer` behind `host`; its name in `host`, and whether a hook was needed"
-    hooked = not _is_sequential(host)
-    name = next(n for n in ('attention', *(f'attention{i}' for i in range(2, 100))) if not hasattr(host, n)) if hooked else str(len(host))
-    host.add_module(name, layer)
-    if hooked: _hook(host, name)
-    return name,hooked
+def _remember(undo, *dicts):
+    "Let `undo` give each dict back what it holds now"
+    def put_back(now, before):
+        now.clear()
+        now.update(before)
+    for d in dicts: undo.callback(put_back, d, d.copy())
 
-# %% ../nbs/api/02b_insert.ipynb #a2d52ae3
+def _append(host, layer, undo):
+    "Put `layer` behind `host`; its path below `host`, and whether a hook was needed"
+    if _is_sequential(host):
+        _remember(undo, host._modules)
+        host.append(layer)
+        return str(len(host)-1),False
+    keeper,path = host,''
+    while isinstance(keeper, (nn.Sequential,nn.ModuleDict,nn.ModuleList)) and len(keeper):
+        last = list(keeper._modules)[-1]
+        keeper,path = keeper._modules[last],f'{path}{last}.'
+    name = next(n for n in ('attention', *(f'attention{i}' for i in range(2, 100))) if not hasattr(keeper, n))
+    _remember(undo, keeper._modules, host._forward_hooks)
+    keeper.add_module(name, layer)
+    _hook(host, path+name)
+    return path+name,True
+
+def _host(model, layer):
+    "The module whose output a hook sends through `layer`, and the hook's key; None if there is no such hook"
+    for m in model.modules():
+        for key,h in m._forward_hooks.items():
+            if isinstance(h, _Through) and h.layer(m) is layer: return m,key
+
+# %% ../nbs/api/02b_insert.ipynb #bf02eb40
 class Place(NamedTuple):
     "Where an attention layer was put, and how; kept in its attribute `attention_place`"
     site:Site
     how:str                            # 'append' or 'replace'
     old:tuple[nn.Module,...]=()        # the module that it replaced
-    hooked:bool=False                  # whether a hook sends the module's output through the layer
+    hooked:str=''                      # path of the layer below the module, if a hook sends the module's output through it
 
 _watching = '_forward_hooks','_forward_hooks_with_kwargs','_forward_hooks_always_called'
 
@@ -60,9 +82,10 @@ def _cannot_replace(site):
     if site.into[1:] != site.map: return f"makes a map of {'x'.join(map(str, site.map))} out of {'x'.join(map(str, site.into[1:]))} (a stride or a pooling), and attention keeps the size"
     return ''
 
-def _replace(parent, name, layer):
+def _replace(parent, name, layer, undo):
     "Put `layer` in the place of the child `name` of `parent`; the old child"
     old = parent._modules[name]
+    _remember(undo, parent._modules)
     for hooks in _watching: setattr(layer, hooks, getattr(old, hooks))     # the very dicts, so that handles can still remove hooks
     parent._modules[name] = layer
     return old
@@ -86,7 +109,7 @@ def _make(layer, site, host, channels_last, layer_args):
         raise ValueError(f"{getattr(layer, '__name__', layer)} does not fit at {site.name} ({site.channels} channels, map {'x'.join(map(str, site.map))}): {type(e).__name__}: {e}") from e
     return new.train(host.training)
 
-# %% ../nbs/api/02b_insert.ipynb #33c56c94
+# %% ../nbs/api/02b_insert.ipynb #e4f86a2b
 def inserted_layers(
     model:nn.Module, # any model
 )->dict[str,nn.Module]: # path -> layer
@@ -113,17 +136,17 @@ class AttentionParams(Callback):
     order = 12     # after `DistributedTrainer`, which may exchange norm layers for others without their hooks
     def before_fit(self):
         for path,layer in inserted_layers(self.learn.model).items():
-            host,name = _parent(self.learn.model, path)
-            if layer.attention_place.hooked and f'attention:{name}' not in host._forward_hooks: _hook(host, name)
+            below = layer.attention_place.hooked
+            if below and not _host(self.learn.model, layer): _hook(self.learn.model.get_submodule(path.removesuffix(f'.{below}')), below)
             gamma = getattr(layer, 'gamma', None)
-            if isinstance(gamma, nn.Parameter) and not self.learn.wd_bn_bias: self.opt.state[gamma]['do_wd'] = False
+            if self.learn.opt and isinstance(gamma, nn.Parameter) and not self.learn.wd_bn_bias: self.learn.opt.state[gamma]['do_wd'] = False     # `predict` comes here without an optimizer
 
 def _parent(model, path):
     "The module that has the one at `path` for a child, and the child's name"
     parent,_,name = path.rpartition('.')
     return model.get_submodule(parent),name
 
-# %% ../nbs/api/02b_insert.ipynb #281c441f
+# %% ../nbs/api/02b_insert.ipynb #9ae6ac10
 def _groups(learn, opt):
     "The parameter lists of `opt`, without what is no longer in the model, with what is new there"
     wanted,there = list(learn.splitter(learn.model)),set(learn.model.parameters())
@@ -148,6 +171,7 @@ def _regroup(learn, undo):
         opt.param_lists = type(opt.param_lists)(type(opt.param_lists[0])(g) for g in groups)
         for p in old-kept:
             if p in states: undo.callback(states.__setitem__, p, states.pop(p))
+        for p in kept-old: undo.callback(opt.state.pop, p, None)
         flags = norm_bias_params(learn.model, True) if not learn.wd_bn_bias else [],norm_bias_params(learn.model, False) if learn.train_bn else []
         for flag,value,ps in zip(('do_wd','force_train'), (False,True), flags):     # as `Learner.create_opt` does
             for p in kept.difference(old).intersection(ps): opt.state[p][flag] = value
@@ -158,21 +182,17 @@ def _regroup(learn, undo):
                 p.requires_grad_(i >= opt.frozen_idx or i == len(groups)-1 or opt.state[p].get('force_train', False))
 
 def _watch(learn, undo):
-    "Give `learn` the splitter and the callback that inserted layers need, or take them away where there are none"
+    "Give `learn` the splitter and the callback that inserted layers need, or its own splitter where there are none; and set up its optimizer"
     needed,is_there = bool(inserted_layers(learn.model)),isinstance(learn.splitter, AttentionSplitter)
     if needed != is_there:
         undo.callback(setattr, learn, 'splitter', learn.splitter)
         learn.splitter = AttentionSplitter(learn.splitter) if needed else learn.splitter.splitter
-    cb = next((cb for cb in learn.cbs if isinstance(cb, AttentionParams)), None)
-    if needed and not cb:
-        learn.add_cb(AttentionParams())
+    if needed and not any(isinstance(cb, AttentionParams) for cb in learn.cbs):
         undo.callback(learn.remove_cb, AttentionParams)
-    elif cb and not needed:
-        learn.remove_cb(cb)
-        undo.callback(learn.add_cb, cb)
+        learn.add_cb(AttentionParams())
     _regroup(learn, undo)
 
-# %% ../nbs/api/02b_insert.ipynb #fd2ee8e9
+# %% ../nbs/api/02b_insert.ipynb #a4b02ebc
 def _check_places(model, sites, how):
     "Raise unless attention can go to all of `sites`"
     if how not in ('append','replace'): raise ValueError(f"`how` must be 'append' or 'replace', got {how!r}")
@@ -188,6 +208,14 @@ def _check_places(model, sites, how):
         if len(paths) > 1: raise ValueError(f"attention cannot replace {s.name}, which is one module under the paths {', '.join(paths)}: use how='append'")
         inside = next((o for o in sites if o.path.startswith(f'{s.path}.')), None)
         if inside: raise ValueError(f"attention cannot replace both {s.path} and {inside.path} inside it: choose one of them")
+
+def _check_runs(model, size, done):
+    "Raise unless the model runs, and calls each new layer as often as the module before it"
+    try: every = attention_sites(model, size).every
+    except ValueError as e: raise ValueError(f"with attention at {', '.join(s.name for s in done.values())} the model no longer runs: {e}") from e
+    for path,s in done.items():
+        calls = every[path].calls if path in every else 0
+        if calls != s.calls: raise ValueError(f"{s.name} is called {s.calls} times in a forward pass, but attention there {calls} times: choose another module, such as the one around it")
 
 def _report(did, places, left_out=()):
     "Say in one line what was done to which `places`, by path"
@@ -217,19 +245,19 @@ def insert_attention(
     with ExitStack() as undo:
         for s,new in zip(chosen, layers):
             if how == 'append':
-                name,hooked = _append(model.get_submodule(s.path), new)
-                path,new.attention_place = f'{s.path}.{name}',Place(s, how, hooked=hooked)
+                name,hooked = _append(model.get_submodule(s.path), new, undo)
+                path,new.attention_place = f'{s.path}.{name}',Place(s, how, hooked=name*hooked)
             else:
                 path,(parent,name) = s.path,_parent(model, s.path)
-                new.attention_place = Place(s, how, (_replace(parent, name, new),))
-            undo.callback(_take_out, model, path)
+                new.attention_place = Place(s, how, (_replace(parent, name, new, undo),))
             done[path] = s
+        _check_runs(learn or model, size, done)
         if learn: _watch(learn, undo)
         undo.pop_all()
     _report(f"Inserted {type(layers[0]).__name__} {'behind' if how == 'append' else 'in place of'}", done, left_out)
     return list(done)
 
-# %% ../nbs/api/02b_insert.ipynb #08d51419
+# %% ../nbs/api/02b_insert.ipynb #2055a591
 def _take_out(model, path):
     "Take the layer at `path` out of `model`, and put back what it replaced"
     parent,name = _parent(model, path)
@@ -241,17 +269,12 @@ def _take_out(model, path):
         if p is not None: old.to(device=p.device, dtype=p.dtype)
         parent._modules[name] = old.train(layer.training)
     else:
+        hooked = _host(model, layer)
+        if hooked: del hooked[0]._forward_hooks[hooked[1]]
         del parent._modules[name]
-        parent._forward_hooks.pop(f'attention:{name}', None)
     return layer
 
-def _put_back(parent, modules, hooks):
-    "Give `parent` the children and hooks that it had"
-    for now,before in ((parent._modules, modules), (parent._forward_hooks, hooks)):
-        now.clear()
-        now.update(before)
-
-# %% ../nbs/api/02b_insert.ipynb #6526e790
+# %% ../nbs/api/02b_insert.ipynb #2270f956
 def _unrecorded(model):
     "Attention layers that stand last in a `Sequential`, where fastai puts them, without a record of how they came there: path -> site"
     names = {p:n for n,p in unet_blocks(model).items()}
@@ -288,10 +311,12 @@ def remove_attention(
         layers = []
         for path in reversed(paths):
             parent,name = _parent(model, path)
-            undo.callback(_put_back, parent, parent._modules.copy(), parent._forward_hooks.copy())
+            host = (_host(model, parent._modules[name]) or (parent,))[0]
+            _remember(undo, parent._modules, host._forward_hooks)
             layers.append(_take_out(model, path))
         if learn: _watch(learn, undo)
         undo.pop_all()
     for layer in layers: vars(layer).pop('attention_place', None)
+    if learn and not inserted_layers(model): learn.remove_cb(AttentionParams)
     _report('Removed attention from', {path:there[path] for path in paths})
     return paths

@@ -66,7 +66,7 @@ class _Call(NamedTuple):
     kind:str             # what came out: the name of its type
     like:Tensor          # an empty tensor with dtype and device of what came out
 
-# %% ../nbs/api/02a_sites.ipynb #d3edef00
+# %% ../nbs/api/02a_sites.ipynb #9db6bf04
 _attention = SelfAttention,SimpleSelfAttention,fastai.layers.SelfAttention,fastai.layers.PooledSelfAttention2d,fastai.layers.SimpleSelfAttention
 
 def is_attention(
@@ -76,8 +76,8 @@ def is_attention(
     return isinstance(module, _attention) or hasattr(module, 'attention_place')
 
 def _trace(model, args):
-    "Run `model` once: the calls of each module by path, in the order in which they ended, and the attention layer that made each map, by number"
-    number,calls,entered,made,handles = _numbers(),{},{},{},[]
+    "Run `model` once: the calls of each module by path, in the order in which they ended; and the attention layer next to a map, by the map's number"
+    number,calls,entered,attention,handles = _numbers(),{},{},{},[]
     def before(path):
         def hook(module, args, kwargs):
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
@@ -88,7 +88,7 @@ def _trace(model, args):
             is_tensor = isinstance(out, Tensor)
             call = _Call(*entered[path], number(out) if is_tensor else 0, tuple(out.shape) if is_tensor else (), type(out).__name__,
                          out.new_empty(0) if is_tensor else torch.empty(0))
-            if is_attention(module): made[call.out] = type(module).__name__
+            if is_attention(module): attention.update(dict.fromkeys((call.into,call.out), type(module).__name__))
             calls.setdefault(path, []).append(call)
         return hook
     try:
@@ -97,7 +97,7 @@ def _trace(model, args):
         with _undisturbed(model): model(*args)
     finally:
         for h in handles: h.remove()
-    return calls,made
+    return calls,attention
 
 # %% ../nbs/api/02a_sites.ipynb #72c2c780
 _convs = {1:nn.Conv1d, 2:nn.Conv2d, 3:nn.Conv3d}
@@ -151,7 +151,7 @@ def _example(model, size):
     else: raise TypeError(f"`size` must be a side, a shape, a batch or `DataLoaders`, got {type(size).__name__}")
     return [torch.zeros(shape, dtype=like.dtype, device=like.device)],where
 
-# %% ../nbs/api/02a_sites.ipynb #80971b87
+# %% ../nbs/api/02a_sites.ipynb #04102a86
 class Site(NamedTuple):
     "A place for attention: the map that one module of a model gives"
     name:str                    # what it is called in the table
@@ -160,7 +160,7 @@ class Site(NamedTuple):
     map:tuple[int,...]=()       # size of the map in cells
     into:tuple[int,...]=()      # channels and size of the map that goes into the module; empty if it is not one tensor
     calls:int=1                 # how often a forward pass calls the module
-    has:str=''                  # class of the attention layer that made this map, if one did
+    has:str=''                  # class of the attention layer that made this map, or takes it in, if there is one
     is_fastais:bool=False       # whether fastai's `self_attention=True` means this place
     reason:str=''               # why no attention fits here; empty if it does
     number:int=0                # sites with the same number give the very same map
@@ -186,7 +186,7 @@ class Site(NamedTuple):
         "What the table says beside the numbers"
         return '; '.join(filter(None, [self.reason, self.has and f'has {self.has}', self.is_fastais and "fastai's own place", self.calls > 1 and f'called {self.calls} times']))
 
-# %% ../nbs/api/02a_sites.ipynb #f513b18b
+# %% ../nbs/api/02a_sites.ipynb #f7a7930f
 def _reason(calls, nd):
     "Why no attention fits behind a module with these `calls`, in a model whose images have `nd` dimensions; empty if it does"
     c = calls[-1]
@@ -198,15 +198,15 @@ def _reason(calls, nd):
     if not c.like.is_floating_point(): return f'gives {c.like.dtype}, not floating point'
     return ''
 
-def _site(name, path, calls, made, nd):
+def _site(name, path, calls, attention, nd):
     "The `Site` behind the module `path`"
     cs = calls[path]
     c = cs[-1]
     is_map = len(c.shape) == nd+2
     return Site(name, path, *(c.shape[1],c.shape[2:]) if is_map else (0,()), into=c.into_shape[1:] if c.into else (), calls=len(cs),
-                has=made.get(c.out, ''), reason=_reason(cs, nd), number=c.out, dtype=c.like.dtype, device=c.like.device)
+                has=attention.get(c.out, ''), reason=_reason(cs, nd), number=c.out, dtype=c.like.dtype, device=c.like.device)
 
-# %% ../nbs/api/02a_sites.ipynb #eba6a333
+# %% ../nbs/api/02a_sites.ipynb #b092177f
 def _is_whole(path, calls, nd):
     "Whether the module holds a whole network: maps that differ by more than a factor of 3 in side, those of one pixel apart"
     sides = [max(c.shape[2:]) for p,cs in calls.items() if p.startswith(f'{path}.') for c in cs if len(c.shape) == nd+2]
@@ -224,7 +224,7 @@ def _passed_on(path, siblings, model, calls):
     "Whether what the leaf `path` gives goes straight into a norm, an activation or the like among its `siblings`"
     if len(list(model.get_submodule(path).children())): return False
     c = calls[path][-1]
-    return any(s != path and any(o.into == c.out and o.shape == c.shape for o in calls.get(s, [])) and _pointwise(model.get_submodule(s)) for s in siblings)
+    return any(s != path and any(o.into == c.out and o.shape == c.shape for o in calls.get(s, [])) and (_pointwise(model.get_submodule(s)) or is_attention(model.get_submodule(s))) for s in siblings)
 
 def _listed(model, calls, nd):
     "Paths of the modules that a table shows, in the order of the forward pass"
@@ -296,7 +296,7 @@ class Sites(Sequence):
     def __repr__(self): return f'{self.title}\n' + self._text().to_string(index=False)
     def _repr_html_(self): return f'<p>{html.escape(self.title)}</p>' + self._text().to_html(index=False, border=0)
 
-# %% ../nbs/api/02a_sites.ipynb #aa7b2cbc
+# %% ../nbs/api/02a_sites.ipynb #baa8ff81
 def attention_sites(
     model:nn.Module|Learner, # any CNN, or a Learner
     size:int|Sequence[int]|Tensor|Sequence[Tensor]|DataLoaders=None, # side, (h, w), (channels, h, w) or (bs, channels, h, w) of an image in pixels (1d and 3d too); a batch; or data. If None the Learner's data, else the first conv's channels and side 224
@@ -308,10 +308,10 @@ def attention_sites(
     if inner: raise TypeError(f"`model` is a {type(model).__name__} around the model: give the model inside, `model.{inner}`")
     args,where = _example(model, size)
     shape = 'x'.join(map(str, args[0].shape[1:]))
-    try: calls,made = _trace(model, args)
+    try: calls,attention = _trace(model, args)
     except Exception as e: raise ValueError(f"this {type(model).__name__} does not run on an image of {shape} ({where}): {type(e).__name__}: {e}. Give another `size`, or a batch") from e
     nd = args[0].dim()-2
-    every = {p:_site(p, p, calls, made, nd) for p in calls if p}
+    every = {p:_site(p, p, calls, attention, nd) for p in calls if p}
     names = {n:p for n,p in _unet_names(model, calls).items() if p in calls} if isinstance(model, DynamicUnet) else {p:p for p in _listed(model, calls, nd)}
     sites = [every[p]._replace(name=n, is_fastais=n == fastais_place(model)) for n,p in names.items()]
     return Sites(sites, f'Places for attention in {type(model).__name__}, image {shape} ({where})', every)
