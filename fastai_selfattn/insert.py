@@ -192,7 +192,7 @@ def _watch(learn, undo):
         learn.add_cb(AttentionParams())
     _regroup(learn, undo)
 
-# %% ../nbs/api/02b_insert.ipynb #a4b02ebc
+# %% ../nbs/api/02b_insert.ipynb #7b2cce22
 def _check_places(model, sites, how):
     "Raise unless attention can go to all of `sites`"
     if how not in ('append','replace'): raise ValueError(f"`how` must be 'append' or 'replace', got {how!r}")
@@ -253,8 +253,8 @@ def insert_attention(
             done[path] = s
         _check_runs(learn or model, size, done)
         if learn: _watch(learn, undo)
+        _report(f"Inserted {type(layers[0]).__name__} {'behind' if how == 'append' else 'in place of'}", done, left_out)
         undo.pop_all()
-    _report(f"Inserted {type(layers[0]).__name__} {'behind' if how == 'append' else 'in place of'}", done, left_out)
     return list(done)
 
 # %% ../nbs/api/02b_insert.ipynb #2055a591
@@ -274,7 +274,7 @@ def _take_out(model, path):
         del parent._modules[name]
     return layer
 
-# %% ../nbs/api/02b_insert.ipynb #2270f956
+# %% ../nbs/api/02b_insert.ipynb #54634f37
 def _unrecorded(model):
     "Attention layers that stand last in a `Sequential`, where fastai puts them, without a record of how they came there: path -> site"
     names = {p:n for n,p in unet_blocks(model).items()}
@@ -315,8 +315,8 @@ def remove_attention(
             _remember(undo, parent._modules, host._forward_hooks)
             layers.append(_take_out(model, path))
         if learn: _watch(learn, undo)
+        _report('Removed attention from', {path:there[path] for path in paths})
         undo.pop_all()
     for layer in layers: vars(layer).pop('attention_place', None)
     if learn and not inserted_layers(model): learn.remove_cb(AttentionParams)
-    _report('Removed attention from', {path:there[path] for path in paths})
     return paths

@@ -64,13 +64,15 @@ _skip = re.compile(r'(encoder|decoder)\.\d+$')
 
 def plot_sites(
     sites:Sequence, # a table of `sites.attention_sites`, or any sequence of such sites
-    chosen:Sequence=None, # sites, or names of sites, to fill; those that have attention if None
+    chosen:Sequence=None, # sites, or names or paths of sites, to fill; those that have attention if None
     ax:Axes=None, # where to draw, a new one if None
 )->Axes:
     "Draw where attention can go in a model and what it costs in memory; `ValueError` if there is no map, or no site of a name in `chosen`"
     sites = [s for s in sites if s.map]
     if not sites: raise ValueError("nothing to draw: none of `sites` has a map")
-    chosen = [s.name for s in sites if s.has] if chosen is None else [getattr(s, 'name', s) for s in ([chosen] if isinstance(chosen, str) else chosen)]
+    names = {p:s.name for s in sites for p in (s.path,s.name)}
+    if isinstance(chosen, str) or hasattr(chosen, 'path'): chosen = [chosen]
+    chosen = [s.name for s in sites if s.has] if chosen is None else [names.get(p, p) for p in (getattr(c, 'path', c) for c in chosen)]
     unknown = set(chosen)-{s.name for s in sites}
     if unknown: raise ValueError(f"no site {', '.join(sorted(map(str, unknown)))}: there are {', '.join(s.name for s in sites)}")
     is_unet = any(_skip.match(s.name) for s in sites)

@@ -7,7 +7,7 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/sites.html.md"""
 # %% auto #0
 __all__ = ['is_attention', 'Site', 'unet_blocks', 'fastais_place', 'Sites', 'attention_sites']
 
-# %% ../nbs/api/02a_sites.ipynb #7f9b0a2b
+# %% ../nbs/api/02a_sites.ipynb #1d819f7d
 import html
 import math
 import random
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from itertools import count
+from numbers import Integral
 from typing import NamedTuple
 
 import fastai.layers
@@ -31,11 +32,12 @@ from torch import Tensor, nn
 
 from .layers import SelfAttention, SimpleSelfAttention, eval_mode
 
-# %% ../nbs/api/02a_sites.ipynb #5854f212
+# %% ../nbs/api/02a_sites.ipynb #3a2fc039
 @contextmanager
 def _undisturbed(model):
     "`model` in eval mode, without gradients and in its own precision; afterwards as it was"
-    buffers = [(b, b.clone()) for b in model.buffers()]
+    buffers = [(m, n, b, b.clone()) for m in model.modules() for n,b in m._buffers.items() if b is not None]
+    states = random.getstate(),np.random.get_state()
     settled = [(m, m._settled) for m in model.modules() if hasattr(m, '_settled')]
     cuda = sorted({b.device for b in (*model.parameters(), *model.buffers()) if b.device.type == 'cuda'}, key=str)
     try:
@@ -43,7 +45,10 @@ def _undisturbed(model):
               torch.autocast('cuda', enabled=False), eval_mode(model)): yield model
     finally:
         with torch.no_grad():
-            for b,old in buffers: b.copy_(old)
+            for m,n,b,old in buffers:
+                m._buffers[n] = b
+                if not b.is_meta and not torch.equal(b, old): b.copy_(old)     # only then: writing would spoil a backward pass under way
+        random.setstate(states[0]), np.random.set_state(states[1])
         for m,old in settled: m._settled = old
 
 # %% ../nbs/api/02a_sites.ipynb #b5718493
@@ -66,7 +71,7 @@ class _Call(NamedTuple):
     kind:str             # what came out: the name of its type
     like:Tensor          # an empty tensor with dtype and device of what came out
 
-# %% ../nbs/api/02a_sites.ipynb #9db6bf04
+# %% ../nbs/api/02a_sites.ipynb #b34a4b0f
 _attention = SelfAttention,SimpleSelfAttention,fastai.layers.SelfAttention,fastai.layers.PooledSelfAttention2d,fastai.layers.SimpleSelfAttention
 
 def is_attention(
@@ -88,7 +93,7 @@ def _trace(model, args):
             is_tensor = isinstance(out, Tensor)
             call = _Call(*entered[path], number(out) if is_tensor else 0, tuple(out.shape) if is_tensor else (), type(out).__name__,
                          out.new_empty(0) if is_tensor else torch.empty(0))
-            if is_attention(module): attention.update(dict.fromkeys((call.into,call.out), type(module).__name__))
+            if is_attention(module): attention.update(dict.fromkeys((n for n in (call.into,call.out) if n), type(module).__name__))
             calls.setdefault(path, []).append(call)
         return hook
     try:
@@ -99,32 +104,40 @@ def _trace(model, args):
         for h in handles: h.remove()
     return calls,attention
 
-# %% ../nbs/api/02a_sites.ipynb #72c2c780
+# %% ../nbs/api/02a_sites.ipynb #fd9656f9
 _convs = {1:nn.Conv1d, 2:nn.Conv2d, 3:nn.Conv3d}
 _side = {1:1024, 2:224, 3:48}     # assumed where nothing is known
 
 def _one_batch(dls):
     "A batch of `dls` and how many of its parts go into a model, without changing what is drawn next; None if there is no data"
     loaders = dls.loaders if isinstance(dls, DataLoaders) else [dls]
-    dl = next((dl for dl in (*loaders[1:2], *loaders[:1]) if len(dl)), None)
+    def has_data(dl):
+        try: return len(dl) > 0
+        except TypeError: return True     # a stream has no length
+    dl = next((dl for dl in (*loaders[1:2], *loaders[:1]) if has_data(dl)), None)
     if dl is None: return None
     rng = getattr(dl, 'rng', None)
     states = random.getstate(),np.random.get_state(),rng and rng.getstate()
+    gens = {id(g):(g,g.get_state()) for o in (dl,getattr(dl,'sampler',None)) if (g := getattr(o, 'generator', None)) is not None}
     try:
         with torch.random.fork_rng(devices=[]): batch = dl.one_batch() if isinstance(dl, DataLoader) else next(iter(dl))
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+        for g,state in gens.values(): g.set_state(state)
         if rng:
             rng.setstate(states[2])
             dl.rng = rng
-    return batch,getattr(dls, 'n_inp', max(1, len(batch)-1))
+    if isinstance(batch, Tensor): batch = [batch]
+    if not isinstance(batch, (tuple,list)) or not all(isinstance(t, Tensor) for t in batch[:1]): raise TypeError(f"a batch must be tensors, got {type(batch).__name__}: give `size`")
+    n_inp = getattr(dls, 'n_inp', None)
+    return batch,n_inp if isinstance(n_inp, int) else max(1, len(batch)-1)
 
 def _shape(size, conv):
     "(1, channels, *map) from a side, a map size, or these with channels, with a batch size"
-    if isinstance(size, bool) or not (isinstance(size, int) or all(isinstance(s, int) for s in size)): raise TypeError(f"a size must be whole numbers, got {size!r}")
+    if isinstance(size, bool) or not (isinstance(size, Integral) or all(isinstance(s, Integral) for s in size)): raise TypeError(f"a size must be whole numbers, got {size!r}")
     nd = len(conv.kernel_size) if conv else None
-    dims = tuple(size) if not isinstance(size, int) else (size,)*(nd or 1)
+    dims = tuple(map(int, size)) if not isinstance(size, Integral) else (int(size),)*(nd or 1)
     if conv and len(dims) == nd: dims = conv.in_channels,*dims
     dims = (1,*dims) if conv and len(dims) == nd+1 else (1,*dims[1:])
     if (nd and len(dims) != nd+2) or not 3 <= len(dims) <= 5 or min(dims) < 1:
@@ -134,20 +147,24 @@ def _shape(size, conv):
 
 def _example(model, size):
     "What to call `model` with, and where that is from"
-    conv = next((m for m in model.modules() if isinstance(m, tuple(_convs.values()))), None)
+    inside = {id(m) for a in model.modules() if is_attention(a) for m in a.modules()}
+    conv = next((m for m in model.modules() if isinstance(m, tuple(_convs.values())) and id(m) not in inside), None)
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    if hasattr(size, 'one_batch') or isinstance(size, torch.utils.data.DataLoader):
+    def one(ts):
+        if conv and ts[0].is_floating_point() and ts[0].dim() == len(conv.kernel_size)+1: raise ValueError(f'a batch must be (bs, channels, ...), got {tuple(ts[0].shape)}')
+        return [t[:1].to(like if t.is_floating_point() else like.device).clone() for t in ts]
+    if isinstance(size, (DataLoaders,DataLoader,torch.utils.data.DataLoader)):
         got = _one_batch(size)
-        if got: return [t[:1].to(like.device) for t in got[0][:got[1]]],'one image of the data'
+        if got: return one(got[0][:got[1]]),'one image of the data'
         size = None
     if isinstance(size, Tensor): size = [size]
     if isinstance(size, (tuple,list)) and size and all(isinstance(t, Tensor) for t in size):
-        return [t[:1].to(like if t.is_floating_point() else like.device) for t in size[:max(1, len(size)-1)]],'one image of the batch'
+        return one(size[:max(1, len(size)-1)]),'one image of the batch'
     if size is None:
         if not conv: raise ValueError(f"no conv in this {type(model).__name__} to read channels from: give `size` as (bs, channels, ...), or a batch")
         shape = _shape(_side[len(conv.kernel_size)], conv)
         where = f'assumed: the channels of the first conv, side {shape[-1]}; give `size` for another'
-    elif isinstance(size, (int,tuple,list)): shape,where = _shape(size, conv),'as given'
+    elif isinstance(size, (Integral,tuple,list)): shape,where = _shape(size, conv),'as given'
     else: raise TypeError(f"`size` must be a side, a shape, a batch or `DataLoaders`, got {type(size).__name__}")
     return [torch.zeros(shape, dtype=like.dtype, device=like.device)],where
 
@@ -186,7 +203,7 @@ class Site(NamedTuple):
         "What the table says beside the numbers"
         return '; '.join(filter(None, [self.reason, self.has and f'has {self.has}', self.is_fastais and "fastai's own place", self.calls > 1 and f'called {self.calls} times']))
 
-# %% ../nbs/api/02a_sites.ipynb #f7a7930f
+# %% ../nbs/api/02a_sites.ipynb #8d6f5f83
 def _reason(calls, nd):
     "Why no attention fits behind a module with these `calls`, in a model whose images have `nd` dimensions; empty if it does"
     c = calls[-1]
@@ -202,14 +219,15 @@ def _site(name, path, calls, attention, nd):
     "The `Site` behind the module `path`"
     cs = calls[path]
     c = cs[-1]
+    if all(len(o.shape) == nd+2 for o in cs): c = max(reversed(cs), key=lambda o: math.prod(o.shape[2:]))
     is_map = len(c.shape) == nd+2
     return Site(name, path, *(c.shape[1],c.shape[2:]) if is_map else (0,()), into=c.into_shape[1:] if c.into else (), calls=len(cs),
                 has=attention.get(c.out, ''), reason=_reason(cs, nd), number=c.out, dtype=c.like.dtype, device=c.like.device)
 
-# %% ../nbs/api/02a_sites.ipynb #b092177f
+# %% ../nbs/api/02a_sites.ipynb #fc1c4d9f
 def _is_whole(path, calls, nd):
     "Whether the module holds a whole network: maps that differ by more than a factor of 3 in side, those of one pixel apart"
-    sides = [max(c.shape[2:]) for p,cs in calls.items() if p.startswith(f'{path}.') for c in cs if len(c.shape) == nd+2]
+    sides = [max(c.shape[2:]) for p,cs in calls.items() if p.startswith(f'{path}.') and '.parametrizations.' not in p for c in cs if len(c.shape) == nd+2]
     sides = [s for s in sides if s > 1]
     return bool(sides) and max(sides) > 3*min(sides)
 
@@ -221,10 +239,11 @@ def _opens(module, path, calls, nd):
 def _pointwise(module): return all(p.dim() < 2 for p in module.parameters())
 
 def _passed_on(path, siblings, model, calls):
-    "Whether what the leaf `path` gives goes straight into a norm, an activation or the like among its `siblings`"
-    if len(list(model.get_submodule(path).children())): return False
+    "Whether what the leaf `path` gives goes straight into a norm, an activation or attention among its `siblings`"
+    if any(n != 'parametrizations' for n,_ in model.get_submodule(path).named_children()): return False
     c = calls[path][-1]
-    return any(s != path and any(o.into == c.out and o.shape == c.shape for o in calls.get(s, [])) and (_pointwise(model.get_submodule(s)) or is_attention(model.get_submodule(s))) for s in siblings)
+    takers = [model.get_submodule(s) for s in siblings if s != path and any(o.into == c.out and o.shape == c.shape for o in calls.get(s, []))]
+    return any(is_attention(m) or _pointwise(m) for m in takers)
 
 def _listed(model, calls, nd):
     "Paths of the modules that a table shows, in the order of the forward pass"
@@ -236,11 +255,15 @@ def _listed(model, calls, nd):
             if _opens(child, s, calls, nd): walk(child, s)
     walk(model, '')
     shown = {}
-    for s in sorted(found, key=lambda s: _is_whole(s, calls, nd)): shown.setdefault(calls[s][-1].out or s, s)
+    def holds_stages(s):
+        m = model.get_submodule(s)
+        maps = {calls[f'{s}.{n}'][-1].shape[2:] for n,c in m.named_children() if f'{s}.{n}' in calls and len(list(c.children()))} - {()}
+        return _is_whole(s, calls, nd) or isinstance(m, nn.Sequential) and len(maps) > 1
+    for s in sorted(found, key=holds_stages): shown.setdefault(calls[s][-1].out or s, s)
     order = {p:i for i,p in enumerate(calls)}
     return sorted(shown.values(), key=order.get)
 
-# %% ../nbs/api/02a_sites.ipynb #ca99e248
+# %% ../nbs/api/02a_sites.ipynb #15c54a57
 def unet_blocks(
     model:nn.Module, # any model
 )->dict[str,str]: # name `decoder.0`, ... -> path of the place in the block; empty if `model` is not a `DynamicUnet`
@@ -256,11 +279,13 @@ def fastais_place(
 
 def _unet_names(model, calls):
     "Name -> path of the places in a U-Net that have names"
-    maps = [(p, calls[p][-1].shape[2:]) for p in (f'layers.0.{k}' for k,_ in model.layers[0].named_children()) if p in calls and calls[p][-1].shape[2:]]
-    stages = [p for (p,size),(_,after) in zip(maps, [*maps[1:], (None,None)]) if size != after]
+    children,skips = model.layers[0]._modules,[h.hook.hooks_dict_ref() for h in model.sfs]
+    stages = [f'layers.0.{k}' for i,(k,m) in enumerate(children.items()) if any(s is m._forward_hooks for s in skips) or i == len(children)-1]
     return {f'encoder.{i}':p for i,p in enumerate(stages)} | {'middle':'layers.3'} | unet_blocks(model)
 
-# %% ../nbs/api/02a_sites.ipynb #ecfdfe48
+# %% ../nbs/api/02a_sites.ipynb #dba9ff4a
+_columns = ['site','module','channels','map','n','parameters','multiply-adds','MiB fastai','MiB ours','note']
+
 def _short(x): return next((f'{x/k:.3g} {u}' for u,k in (('T',1e12),('G',1e9),('M',1e6),('k',1e3)) if x >= k), f'{x:.0f}')
 def _mib(x): return '-' if math.isnan(x) else f'{x:,.0f}' if x >= 10 else f'{x:.1f}'
 
@@ -281,22 +306,22 @@ class Sites(Sequence):
         return site
 
     def df(self)->pd.DataFrame:
-        "The table as numbers: memory in MiB for one image in training, in float32"
-        return pd.DataFrame([{'site':s.name, 'module':s.path, 'channels':s.channels, 'map':s.map, 'n':s.n, 'parameters':s.params, 'multiply-adds':s.macs,
-                              'MiB fastai':s.fastai_mib, 'MiB ours':s.mib, 'note':s.note} for s in self])
+        "The table as numbers, NaN where nothing fits: memory in MiB for one image in training, in float32"
+        def price(s): return (math.nan,)*5 if s.reason else (s.n, s.params, s.macs, s.fastai_mib, s.mib)
+        return pd.DataFrame([(s.name, s.path, s.channels, s.map, *price(s), s.note) for s in self], columns=_columns)
 
     def _text(self):
         def row(s):
             price = ('x'.join(map(str, s.map)), f'{s.n:,}', f'{s.params:,}', _short(s.macs), _mib(s.fastai_mib), _mib(s.mib))
             if s.reason: price = price[:1] + ('',)*5
             return s.name,s.path,s.channels or '',*price,s.note
-        df = pd.DataFrame(map(row, self), columns=['site','module','channels','map','n','parameters','multiply-adds','MiB fastai','MiB ours','note'])
+        df = pd.DataFrame(map(row, self), columns=_columns)
         return df.drop(columns='module') if (df['site'] == df['module']).all() else df
 
     def __repr__(self): return f'{self.title}\n' + self._text().to_string(index=False)
     def _repr_html_(self): return f'<p>{html.escape(self.title)}</p>' + self._text().to_html(index=False, border=0)
 
-# %% ../nbs/api/02a_sites.ipynb #baa8ff81
+# %% ../nbs/api/02a_sites.ipynb #e9dd698c
 def attention_sites(
     model:nn.Module|Learner, # any CNN, or a Learner
     size:int|Sequence[int]|Tensor|Sequence[Tensor]|DataLoaders=None, # side, (h, w), (channels, h, w) or (bs, channels, h, w) of an image in pixels (1d and 3d too); a batch; or data. If None the Learner's data, else the first conv's channels and side 224
@@ -306,7 +331,7 @@ def attention_sites(
     if not isinstance(model, nn.Module): raise TypeError(f"`model` must be an nn.Module or a Learner, got {type(model).__name__}")
     inner = '_orig_mod' if hasattr(model, '_orig_mod') else 'module' if isinstance(model, (nn.DataParallel,nn.parallel.DistributedDataParallel)) else None
     if inner: raise TypeError(f"`model` is a {type(model).__name__} around the model: give the model inside, `model.{inner}`")
-    args,where = _example(model, size)
+    with torch.inference_mode(False), torch.no_grad(): args,where = _example(model, size)
     shape = 'x'.join(map(str, args[0].shape[1:]))
     try: calls,attention = _trace(model, args)
     except Exception as e: raise ValueError(f"this {type(model).__name__} does not run on an image of {shape} ({where}): {type(e).__name__}: {e}. Give another `size`, or a batch") from e
@@ -316,7 +341,7 @@ def attention_sites(
     sites = [every[p]._replace(name=n, is_fastais=n == fastais_place(model)) for n,p in names.items()]
     return Sites(sites, f'Places for attention in {type(model).__name__}, image {shape} ({where})', every)
 
-# %% ../nbs/api/02a_sites.ipynb #c76c2490
+# %% ../nbs/api/02a_sites.ipynb #6fe88d1a
 def _matches(name, pattern):
     parts,wanted = name.split('.'),pattern.split('.')
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
@@ -329,7 +354,7 @@ def match(self:Sites,
     max_side:int=None, # longest side of the map, in cells
 )->list[Site]: # at least one, each once; with those that a pattern or function chose though nothing fits there
     "The sites that `where` and `max_side` mean; `ValueError` if there are none, or if nothing fits at one that was named, `TypeError` on another `where`"
-    if max_side is not None and (isinstance(max_side, bool) or not isinstance(max_side, int)): raise TypeError(f"`max_side` must be an int, got {max_side!r}")
+    if max_side is not None and (isinstance(max_side, bool) or not isinstance(max_side, Integral)): raise TypeError(f"`max_side` must be an int, got {max_side!r}")
     if where is None and max_side is None: raise ValueError("give `where` or `max_side`: a name, a pattern, a module path, a list of these, True, or a function of a site")
     found = {s.path:s for s in (self if where is None else self._match(where))}
     if max_side is not None: found = {p:s for p,s in found.items() if max(s.map, default=0) <= max_side}

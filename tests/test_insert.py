@@ -190,7 +190,7 @@ def test_copies_go_on(name, copied):
     for m in twin.modules():                         # hooks that come after unpickling, under whatever number
         for _ in range(3): m.register_forward_hook(lambda *args: None)
     z = predict(use(twin), x)
-    assert torch.equal(z, y)
+    assert (z - y).abs().max() < 1e-4     # a watched layer calls its convs one by one
     remove_attention(twin)
     assert list(twin.state_dict()) == list(made(name)[0].state_dict()) and len(inserted_layers(model)) >= len(where)
 
@@ -550,7 +550,7 @@ def learn_state(learn):
 
 def flat(state): return repr(state)
 
-STEPS = ['_make', '_append', '_replace', '_check_runs', '_watch', '_regroup', '_groups']
+STEPS = ['_make', '_append', '_replace', '_check_runs', '_watch', '_regroup', '_groups', '_report']
 
 @pytest.mark.parametrize('step,at', [(s, at) for s in STEPS for at in (1, -1, 2)])
 @pytest.mark.parametrize('how', ['append', 'replace'])
@@ -563,12 +563,12 @@ def test_a_failure_at_any_step_of_inserting(monkeypatch, step, at, how):
     try: insert_attention(learn, ['1', '3'], how)
     except (Fault, ValueError, KeyboardInterrupt) as e: assert e is error or e.__cause__ is error
     else:
-        assert (step, how) in [('_append', 'replace'), ('_replace', 'append')] or at == 2 and step in ('_check_runs', '_watch', '_regroup', '_groups')
+        assert (step, how) in [('_append', 'replace'), ('_replace', 'append')] or at == 2 and step in ('_check_runs', '_watch', '_regroup', '_groups', '_report')
         return
     assert tree(learn.model) == before and flat(learn_state(learn)) == known
 
 
-@pytest.mark.parametrize('step,at', [(s, at) for s in ('_take_out', '_watch', '_regroup', '_groups') for at in (1, -1, 2, -2)])
+@pytest.mark.parametrize('step,at', [(s, at) for s in ('_take_out', '_watch', '_regroup', '_groups', '_report') for at in (1, -1, 2, -2)])
 @pytest.mark.parametrize('how', ['append', 'replace'])
 def test_a_failure_at_any_step_of_removing(monkeypatch, step, at, how):
     learn = fitted(split=True)

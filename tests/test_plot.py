@@ -1,13 +1,18 @@
-"`plot_attention` and `plot_gamma`: what lands on the axes, where, and that nothing else is touched"
+"`plot_attention`, `plot_gamma` and `plot_sites`: what lands on the axes, where, and that nothing else is touched"
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.layers import ConvLayer
 from fastai.torch_core import TensorImage
+from fastai.vision.learner import create_unet_model
+from matplotlib.colors import to_rgba
+from torch import nn
 
-from fastai_selfattn.plot import plot_attention, plot_gamma
+from fastai_selfattn.plot import plot_attention, plot_gamma, plot_sites
+from fastai_selfattn.sites import Site, attention_sites
 
 H, W = 33, 50
 
@@ -114,4 +119,94 @@ def test_a_line_for_each_layer(names):
                                    (history('gamma').drop(columns='step'), r"got 4 rows of \['epoch', 'gamma'\]")])
 def test_nothing_to_draw_is_an_error_and_no_figure_is_made(h, got):
     with pytest.raises(ValueError, match='`history` must have rows, a column `step` and columns `gamma...`, ' + got): plot_gamma(h)
+    assert not plt.get_fignums()
+
+
+# --- plot_sites ---
+
+CNN = [Site('stem', 'stem', 16, (24, 40)), Site('body.0', 'body.0', 24, (12, 20), has='SelfAttention'), Site('body.1', 'body.1', 512, (6, 10)), Site('pool', 'pool', 512, (1, 1), reason='one pixel: nothing to attend to'), Site('fc', 'fc', reason='gives (1, 5)')]
+
+def encoder(pretrained=False):
+    chs = (3, 8, 16, 24, 32, 40)
+    return nn.Sequential(*[ConvLayer(a, b, stride=2) for a, b in zip(chs, chs[1:])], nn.AdaptiveAvgPool2d(1))
+
+@pytest.fixture(scope='module')
+def unet(): return {sa: attention_sites(create_unet_model(encoder, 2, (64, 96), pretrained=False, self_attention=sa), (64, 96)) for sa in (True, False)}
+
+def markers(ax):
+    "Marker, whether filled, x and y of each site, from left to right"
+    lines = [line for line in ax.lines if len(line.get_xdata()) == 1]
+    return [(line.get_marker(), to_rgba(line.get_markerfacecolor()) == to_rgba('C0'), line.get_xdata()[0], line.get_ydata()[0]) for line in lines]
+
+def dashed(ax): return [tuple(int(x) for x in line.get_xdata()) for line in ax.lines if line.is_dashed()]
+
+def filled(ax, sites): return [sites[int(x)].name for _, is_filled, x, _ in markers(ax) if is_filled]
+
+
+def test_sites_are_drawn_at_the_side_of_their_map():
+    ax = plot_sites(CNN)
+    assert [(m, x, y) for m, _, x, y in markers(ax)] == [('o', 0, np.log2(40)), ('o', 1, np.log2(20)), ('o', 2, np.log2(10)), ('x', 3, 0)]      # the longest side; `fc` has no map
+    assert [(t, label.get_text()) for t, label in zip(ax.get_yticks(), ax.get_yticklabels())] == [(np.log2(s), str(s)) for s in (1, 10, 20, 40)] and not len(ax.get_xticks()) and ax.get_ylabel() == 'side of the map'
+    (path,) = [line.get_xydata().tolist() for line in ax.lines if len(line.get_xdata()) == 4]
+    assert path == [[i, np.log2(s)] for i, s in enumerate((40, 20, 10, 1))] and not dashed(ax)
+    assert [t.get_text() for t in ax.texts] == [f'{s.name}, {s.channels} ch, {s.mib:.0f} MiB' if s.mib >= 1 else f'{s.name}, {s.channels} ch, <1 MiB' for s in CNN[:3]] + ['pool'] and '<1 MiB' in plot_sites([Site('a', 'a', 8, (5, 7))]).texts[0].get_text()
+    assert [t.xy for t in ax.texts] == [(x, y) for _, _, x, y in markers(ax)]
+
+
+def test_skips_join_encoder_and_decoder_of_the_same_map(unet):
+    ax = plot_sites(unet[False])
+    at = {s.name: i for i, s in enumerate(unet[False])}
+    assert dashed(ax) == [(at[f'encoder.{i}'], at[f'decoder.{3-i}']) for i in range(4)]
+    for i, j in dashed(ax): assert unet[False][i].map == unet[False][j].map
+    assert len(markers(ax)) == len(ax.texts) == 10 and [t.get_text().splitlines()[:2] for t in ax.texts] == [[s.name, f'{s.channels} ch'] for s in unet[False]]
+    other = [Site('encoder.0', 'a', 8, (6, 4)), Site('encoder.1', 'b', 8, (6, 5)), Site('middle', 'c', 8, (6, 4)), Site('decoder.0', 'd', 8, (6, 4))]
+    assert dashed(plot_sites(other)) == [(0, 3)]                # not by side alone
+
+
+@pytest.mark.parametrize('sa', [True, False])
+def test_those_with_attention_are_filled_if_none_are_chosen(unet, sa):
+    assert filled(plot_sites(unet[sa]), unet[sa]) == ['decoder.1']*sa and filled(plot_sites(CNN), CNN) == ['body.0']
+    assert [t.get_text().splitlines()[0] for t in plot_sites(unet[sa]).texts if t.get_fontweight() == 'bold'] == ['decoder.1']*sa
+
+
+@pytest.mark.parametrize('choose,want', [(lambda s: [], []), (lambda s: 'middle', ['middle']), (lambda s: ['decoder.3', 'encoder.0'], ['encoder.0', 'decoder.3']), (lambda s: s.match('*.[01]'), ['encoder.0', 'encoder.1', 'decoder.0', 'decoder.1']),
+                                         (lambda s: [s['middle'], 'decoder.2'], ['middle', 'decoder.2']), (lambda s: s[:2], ['encoder.0', 'encoder.1']), (lambda s: {'middle'}, ['middle']),
+                                         (lambda s: s['middle'], ['middle']), (lambda s: s.match(['layers.3', 'layers.5.conv2']), ['middle', 'decoder.1'])],
+                         ids=['none', 'a name', 'names', 'matched', 'mixed', 'a slice', 'set', 'one site', 'chosen by path'])
+def test_exactly_the_chosen_are_filled(unet, choose, want):
+    "Though fastai's place has attention"
+    ax = plot_sites(unet[True], choose(unet[True]))
+    assert filled(ax, unet[True]) == want and [t.get_text().splitlines()[0] for t in ax.texts if t.get_fontweight() == 'bold'] == want
+    assert len(markers(ax)) == 10 and all(m == 'o' for m, *_ in markers(ax))
+
+
+def test_where_nothing_fits_there_is_a_cross_even_if_chosen():
+    ax = plot_sites(CNN, ['stem', 'pool'])
+    assert filled(ax, CNN) == ['stem'] and [m for m, *_ in markers(ax)] == ['o', 'o', 'o', 'x'] and ax.texts[3].get_text() == 'pool'
+
+
+def test_other_models(unet):
+    model = nn.Sequential(nn.Conv1d(2, 8, 3, 2), nn.MaxPool1d(2), nn.Flatten())
+    sites = attention_sites(model, 64)
+    ax = plot_sites(sites)
+    assert [(m, y) for m, _, _, y in markers(ax)] == [('o', np.log2(31)), ('o', np.log2(15))]
+    ax = plot_sites([s._replace(name=s.path) for s in unet[True]])           # a U-Net by its paths has no skips that it knows of
+    assert not dashed(ax) and len(markers(ax)) == 10
+
+
+@pytest.mark.parametrize('chosen', [None, ['middle']])
+def test_sites_go_into_the_ax_given_and_nowhere_else(unet, chosen):
+    fig, ax = plt.subplots()
+    plt.figure()
+    before = state()
+    assert plot_sites(unet[True], chosen, ax) is ax and state() == before and fig.axes == [ax] and len(markers(ax)) == 10
+    own = mpl.figure.Figure().subplots()
+    assert plot_sites(unet[True], chosen, own) is own and state() == before
+    new = plot_sites(unet[True], chosen)
+    assert new is not plt.figure(2).gca() and len(plt.get_fignums()) == 3 and new.figure.axes == [new]
+
+
+@pytest.mark.parametrize('sites,chosen,says', [(CNN[4:], None, 'nothing to draw: none of `sites` has a map'), ([], None, 'nothing to draw'), (CNN, ['stem', 'x', 'a'], r'no site a, x: there are stem, body\.0, body\.1, pool'), (CNN, 'body', 'no site body: there are stem'), (CNN, [3], 'no site 3')], ids=str)
+def test_sites_that_are_not_there_are_named_and_no_figure_is_made(sites, chosen, says):
+    with pytest.raises(ValueError, match=says): plot_sites(sites, chosen)
     assert not plt.get_fignums()

@@ -2,11 +2,14 @@
 import copy
 import inspect
 import re
+from functools import partial
 
 import fastai.layers
 import pytest
+import timm
 import torch
-from fastai.data.block import DataBlock
+import torchvision
+from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import FuncSplitter, Normalize, get_image_files
 from fastai.layers import ConvLayer
 from fastai.learner import load_learner
@@ -14,13 +17,17 @@ from fastai.torch_core import set_seed
 from fastai.vision import learner as fastai_learner
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageBlock, MaskBlock
+from fastai.vision.learner import vision_learner
 from fastai.vision.models import resnet18, resnet34, xresnet
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from fastai_selfattn.layers import SelfAttention
+from fastai_selfattn import learner as learner_module  # noqa: F401  patches `Learner`
+from fastai_selfattn.insert import insert_attention, inserted_layers, remove_attention
+from fastai_selfattn.layers import PooledSelfAttention2d, SelfAttention
 from fastai_selfattn.record import attention_layers
 from fastai_selfattn.rooms import make_rooms
+from fastai_selfattn.sites import attention_sites
 from fastai_selfattn.unet import create_unet_model, unet_learner
 from fastai_selfattn.walls import open_mask
 
@@ -283,3 +290,105 @@ def test_trains_like_fastai(dls):
         losses.append(torch.stack(list(learn.recorder.losses)))
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
     assert ours.model.layers[5].conv2[-1].gamma.item() == pytest.approx(theirs.model.layers[5].conv2[-1].gamma.item(), abs=1e-4) != .7
+
+
+# --- any place
+
+@pytest.mark.parametrize('where,kwargs,want', [
+    ('decoder.0', {}, ['layers.4.conv2.2']), ('encoder.[12]', {}, ['layers.0.1.3', 'layers.0.2.3']), (['middle', True], {}, ['layers.3.2', 'layers.5.conv2.2']), (lambda s: s.channels == 41, {}, ['layers.6.conv2.2']),
+    ('decoder.*', dict(max_side=6), ['layers.4.conv2.2', 'layers.5.conv2.2']), (False, dict(max_side=3), ['layers.0.3.3', 'layers.0.4.3', 'layers.3.2', 'layers.4.conv2.2']), ('decoder.1', dict(how='replace'), ['layers.5.conv2']),
+    (True, dict(layer=PooledSelfAttention2d), ['layers.5.conv2.2']), (True, dict(how='replace'), ['layers.5.conv2']), ('middle', dict(layer=partial(SelfAttention, reduction=4)), ['layers.3.2'])], ids=str)
+def test_any_place_at_construction(dls, where, kwargs, want):
+    for model in (unet(self_attention=where, **kwargs), unet_learner(dls, encoder, pretrained=False, self_attention=where, **kwargs).model):
+        assert list(inserted_layers(model)) == want and all(type(m) is kwargs.get('layer', SelfAttention) or m.reduction == 4 for m in inserted_layers(model).values())
+        step(model)
+        assert all(m.gamma.grad.item() for m in inserted_layers(model).values())
+        assert sorted(remove_attention(model)) == sorted(want) and list(model.state_dict()) == list(unet(self_attention=False).state_dict())
+
+
+def test_a_place_is_inserting_it_later():
+    at_once, later = unet(self_attention=['middle', 'decoder.2']), unet(self_attention=False)
+    insert_attention(later, ['middle', 'decoder.2'], size=SIZE)
+    assert same(at_once.state_dict(), later.state_dict())
+    x = torch.randn(2, 3, *SIZE)
+    assert torch.equal(looked(at_once, x), looked(unet(self_attention=False), x))
+
+
+def test_true_can_be_taken_out(dls):
+    for model in (unet(), learner(dls).model):
+        assert remove_attention(model) == ['layers.5.conv2.2'] and list(model.state_dict()) == list(unet(self_attention=False).state_dict())
+
+
+def test_true_stays_fastais_learner(dls, known):
+    "Same groups, same splitter, no callback: weight decay acts on gamma too"
+    ours, theirs = (learner(dls, f, pretrained=True) for f in (unet_learner, fastai_learner.unet_learner))
+    assert ours.splitter is theirs.splitter and [type(cb) for cb in ours.cbs] == [type(cb) for cb in theirs.cbs]
+    names = [{id(p): k for k, p in l.model.named_parameters()} for l in (ours, theirs)]
+    a, b = ([[n[id(p)] for p in g] for g in l.opt.param_lists] for n, l in zip(names, (ours, theirs)))
+    assert a == b and 'do_wd' not in ours.opt.state[ours.model.layers[5].conv2[2].gamma]
+
+
+def test_a_place_in_the_frozen_encoder_trains(dls, known):
+    learn = unet_learner(dls, encoder, self_attention='encoder.2', pretrained=True)
+    layer, = inserted_layers(learn.model).values()
+    before = learn.model.layers[0][1][0].weight.detach().clone()
+    fit(learn)
+    assert learn.opt.frozen_idx == 1 and layer.gamma.item() and torch.equal(learn.model.layers[0][1][0].weight, before)
+
+
+@pytest.mark.parametrize('where,kwargs,says', [('decoder.9', {}, 'no site matches'), (True, dict(how='beside'), '`how` must be'), ('encoder.1', dict(how='replace'), 'cannot replace'), ('middle', dict(layer=partial(SelfAttention, heads=3)), '`heads=3`'),
+                                               (False, dict(how='replace'), '`self_attention=False` inserts none'), (False, dict(layer=PooledSelfAttention2d), '`self_attention=False` inserts none'), (False, dict(max_side=0), 'no site matches')], ids=str)
+def test_a_place_that_cannot_be(dls, known, where, kwargs, says):
+    before = tfms(dls)
+    with pytest.raises(ValueError, match=says): unet(self_attention=where, **kwargs)
+    with pytest.raises(ValueError, match=says): unet_learner(dls, encoder, pretrained=True, self_attention=where, **kwargs)
+    assert all(a is b for now, then in zip(tfms(dls), before, strict=True) for a, b in zip(now, then, strict=True))
+
+
+# --- encoders of timm and torchvision, as the how-to page makes them
+
+def chain(*modules): return nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1))
+
+def timm_resnet18(pretrained=False): return timm.create_model('resnet18', pretrained=pretrained)
+
+def convnext(pretrained=False):
+    m = timm.create_model('convnext_atto', pretrained=pretrained, depths=(1, 1, 2, 1))
+    return chain(m.stem, *m.stages)
+
+def efficientnet(pretrained=False):
+    m = timm.create_model('efficientnet_lite0', pretrained=pretrained)
+    return chain(m.conv_stem, m.bn1, *m.blocks)
+
+def mobilenet(pretrained=False): return chain(*torchvision.models.mobilenet_v3_small(weights=None).features)
+def densenet(pretrained=False): return chain(*torchvision.models.DenseNet(8, (2, 2, 2), 16).features, nn.ReLU())
+
+@pytest.mark.parametrize('arch,sizes', [(timm_resnet18, 4), (convnext, 3), (efficientnet, 4), (torchvision.models.resnet18, 4), (mobilenet, 4), (densenet, 3)], ids=lambda a: getattr(a, '__name__', a))
+def test_encoders(dls, arch, sizes):
+    model, x = unet(arch=arch, self_attention=False), torch.randn(2, 3, *SIZE)
+    sites = attention_sites(model, SIZE)
+    assert [s.name for s in sites] == [f'encoder.{i}' for i in range(sizes + 1)] + ['middle'] + [f'decoder.{i}' for i in range(sizes)] and not any(s.reason for s in sites if max(s.map) > 1)
+    y, keys = looked(model, x), list(model.state_dict())
+    insert_attention(model, ['encoder.1', True, 'decoder.[12]'], size=SIZE)
+    assert torch.equal(looked(model, x), y) and len(inserted_layers(model)) == 3 + (sizes == 3)     # of four blocks `True` is `decoder.1`
+    step(model)
+    assert all(m.gamma.item() for m in inserted_layers(model).values())
+    learn = unet_learner(dls, arch, self_attention=['encoder.1', True], pretrained=False)
+    fit(learn, 1, 1e-3)
+    assert all(m.gamma.item() for m in inserted_layers(learn.model).values())
+    learn.remove_attention()
+    assert list(learn.model.state_dict()) == keys
+
+
+@pytest.mark.parametrize('arch', ['resnet18', resnet18], ids=['timm', 'torchvision'])
+def test_vision_learner(rooms, arch):
+    dls = DataBlock((ImageBlock, CategoryBlock), get_items=lambda p: sorted(get_image_files(p / 'images')), get_y=lambda f: int(f.stem[-1]) % 2, splitter=FuncSplitter(lambda f: f.stem >= 'room_0004')).dataloaders(rooms, bs=2, num_workers=0)
+    learn = vision_learner(dls, arch, pretrained=False)
+    before, keys = preds(learn), list(learn.model.state_dict())
+    stages = [s.name for s in learn.attention_sites() if s.channels == 256]
+    learn.insert_attention(stages[-1])
+    assert torch.equal(preds(learn), before)
+    learn.freeze()
+    fit(learn, 1, 1e-3)
+    assert [m.gamma.item() != 0 for m in inserted_layers(learn.model).values()] == [True]
+    learn.remove_attention()
+    assert list(learn.model.state_dict()) == keys
