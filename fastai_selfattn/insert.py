@@ -192,7 +192,7 @@ def _watch(learn, undo):
         learn.add_cb(AttentionParams())
     _regroup(learn, undo)
 
-# %% ../nbs/api/02b_insert.ipynb #7b2cce22
+# %% ../nbs/api/02b_insert.ipynb #7f42a860
 def _check_places(model, sites, how):
     "Raise unless attention can go to all of `sites`"
     if how not in ('append','replace'): raise ValueError(f"`how` must be 'append' or 'replace', got {how!r}")
@@ -230,7 +230,7 @@ def insert_attention(
     max_side:int=None, # only maps with no side longer than this, in cells
     size=None, # of the image, as `attention_sites` takes it
     **layer_args # for `layer`, such as `reduction=4`
-)->list[str]: # paths of the new layers, in the order of the table
+)->list[str]: # paths of the new layers, in the order of `where`
     "Put attention layers into `model`; `ValueError`/`TypeError` if it cannot be done, and then nothing has changed"
     learn = model if isinstance(model, Learner) else None
     sites = attention_sites(model, size)
