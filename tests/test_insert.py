@@ -448,6 +448,7 @@ def test_the_old_conv_follows_where_the_model_went():
     twin.twice.eval()
     for m in (model, twin): remove_attention(m)
     assert torch.equal(twin.twice.weight, weight.double()) and torch.equal(model.twice.weight, weight.double()) and (model.twice.training, twin.twice.training) == (True, False)
+    assert model.twice.weight.dtype == twin.twice.weight.dtype == torch.float64
 
 
 @pytest.mark.parametrize('where,says', [('layers.7.conv1', 'makes 96 channels out of 192'), ('encoder.2', r'makes 128 channels out of 64'), ('layers.0.3', r'makes a map of 8x10 out of 16x20 \(a stride or a pooling\)'), ('layers.0.0', 'makes 64 channels out of 3')])
@@ -712,6 +713,19 @@ def test_an_optimizer_goes_on(opt_func, splitter):
     learn.remove_attention()
     assert [len(g) for g in learn.opt.param_lists] == [len(g) for g in plain.opt.param_lists] and [[k for k, p in learn.model.named_parameters() if id(p) == id(q)] for g in learn.opt.param_lists for q in g] == [[k for k, p in plain.model.named_parameters() if id(p) == id(q)] for g in plain.opt.param_lists for q in g]
     fit(learn)
+
+
+@pytest.mark.parametrize('opt_func', [Adam, ranger, partial(OptimWrapper, opt=torch.optim.AdamW)], ids=['adam', 'ranger', 'wrapped'])
+def test_an_optimizer_forgets_what_is_gone(opt_func):
+    "A conv in the middle of a group goes, and comes back; ranger keeps a second list of weights, in the order of the first"
+    learn = fit(make(opt_func, split), 2)
+    learn.insert_attention('1', 'replace')
+    fit(learn, 2)
+    learn.remove_attention()
+    state = getattr(learn.opt, 'opt', learn.opt).state
+    assert ids(state) <= ids(learn.model.parameters())
+    fit(learn, 2)
+    if opt_func is ranger: assert [[p.shape for p in g] for g in learn.opt.slow_weights] == [[p.shape for p in g] for g in learn.opt.param_lists]
 
 
 def test_a_built_optimizer_as_opt_func():
