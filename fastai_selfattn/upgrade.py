@@ -7,19 +7,22 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/upgrade.html.md"""
 # %% auto #0
 __all__ = ['take_over', 'Upgrade', 'upgrade_attention']
 
-# %% ../nbs/api/02c_upgrade.ipynb #63aa5534
+# %% ../nbs/api/02c_upgrade.ipynb #791ec166
 import copy
 import weakref
+from collections import OrderedDict
 from contextlib import ExitStack
 from itertools import product
-from types import FunctionType
 from typing import NamedTuple
 
 import fastai.layers
 import torch
 from fastai.layers import NormType
 from fastai.learner import Learner
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .layers import PooledSelfAttention2d, SelfAttention, SimpleSelfAttention
 
@@ -63,14 +66,21 @@ def take_over(
     ours.gamma,ours.training,ours._settled = layer.gamma,layer.training,settled
     return ours
 
-# %% ../nbs/api/02c_upgrade.ipynb #23b25cf7
+# %% ../nbs/api/02c_upgrade.ipynb #3be3baa3
+def _copied(layer):
+    "A copy of `layer` without the hooks of others, which need not see what it is tried on, and might hold a graph that cannot be copied"
+    memo = {}
+    for m in layer.modules():
+        for name,v in vars(m).items():
+            if '_hook' in name and isinstance(v, dict): memo[id(v)] = OrderedDict((i, h) for i,h in v.items() if isinstance(h, (SpectralNorm,WeightNorm,BasePruningMethod)))
+            elif isinstance(v, Tensor) and not v.is_leaf: memo[id(v)] = v.detach().clone()
+            elif name == 'attention_place': memo[id(v)] = v
+    return copy.deepcopy(layer, memo)
+
 @torch.no_grad()
 def _difference(layer, dtype=torch.float64):
     "How far ours would be from `layer` in what it adds to a map, relative to the largest value, the worse of eval and training mode"
-    theirs = copy.deepcopy(layer).to(dtype)
-    for m in theirs.modules():     # hooks of others need not see this; the norms are hooks too, but no functions
-        for hooks in (m._forward_hooks, m._forward_pre_hooks):
-            for i in [i for i,h in hooks.items() if isinstance(h, FunctionType)]: del hooks[i]
+    theirs = _copied(layer).to(dtype)
     ours = take_over(theirs)
     buffers,gen = [(b, b.clone()) for b in theirs.buffers()],torch.Generator().manual_seed(0)
     x = torch.randn(2, ours.n_channels, 4, 6, generator=gen).to(theirs.gamma)
@@ -88,7 +98,7 @@ def _difference(layer, dtype=torch.float64):
             res.append((want-got).abs().max()/want.abs().max())
     return torch.stack(res).max().item()
 
-# %% ../nbs/api/02c_upgrade.ipynb #717125a1
+# %% ../nbs/api/02c_upgrade.ipynb #b21487d8
 _fastais = fastai.layers.SelfAttention,fastai.layers.PooledSelfAttention2d,fastai.layers.SimpleSelfAttention
 _ours = SelfAttention,SimpleSelfAttention
 
@@ -104,12 +114,10 @@ def _ours_for(layer):
     except ValueError: raise
     except Exception:     # it may have float32 written in it
         try: difference,tol = _difference(layer, torch.float32),1e-3
-        except Exception as e: raise ValueError(f"it does not run on a small map: {type(e).__name__}: {e}") from e
+        except Exception as e: raise ValueError(f"it cannot be copied, or does not run on a small map: {type(e).__name__}: {e}") from e
     if not difference <= tol: raise ValueError(f"it gives other results than {type(ours).__name__}, different by {difference:.1g} of the largest value")
     if hasattr(layer, 'attention_place'): ours.attention_place = layer.attention_place
     for name in (n for n in vars(layer) if '_hook' in n): setattr(ours, name, getattr(layer, name))     # the very dicts, so that handles still work
-    for h in ours._load_state_dict_pre_hooks.values():
-        if getattr(h, 'with_module', False): h.module = weakref.ref(ours)
     return ours
 
 class Upgrade(NamedTuple):
@@ -140,6 +148,11 @@ def upgrade_attention(
                 if id(child) not in new: continue
                 undo.callback(parent._modules.__setitem__, name, child)
                 parent._modules[name] = new[id(child)]
+        for _,ours in found.values():
+            for h in ours._load_state_dict_pre_hooks.values():
+                if getattr(h, 'with_module', False):
+                    undo.callback(setattr, h, 'module', h.module)
+                    h.module = weakref.ref(ours)
         res = Upgrade({path:type(ours).__name__ for path,(_,ours) in found.items()}, {p:why for p,why in left.items() if p})
         lines = [f'{p}: now {c} of this package' for p,c in res.upgraded.items()] + [f'{p}: left alone, {why}' for p,why in res.left.items()]
         print('\n'.join(lines or [f'Nothing to upgrade in this {type(model).__name__}']))
