@@ -32,23 +32,31 @@ from torch import Tensor, nn
 
 from .layers import SelfAttention, SimpleSelfAttention, eval_mode
 
-# %% ../nbs/api/02a_sites.ipynb #3a2fc039
+# %% ../nbs/api/02a_sites.ipynb #bca951a4
+@contextmanager
+def _random_kept(devices=()):
+    "Afterwards random numbers go on as if none had been drawn: Python's, numpy's, and PyTorch's on the CPU and on `devices`"
+    states = random.getstate(),np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices): yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
 @contextmanager
 def _undisturbed(model):
     "`model` in eval mode, without gradients and in its own precision; afterwards as it was"
     buffers = [(m, n, b, b.clone()) for m in model.modules() for n,b in m._buffers.items() if b is not None]
-    states = random.getstate(),np.random.get_state()
     settled = [(m, m._settled) for m in model.modules() if hasattr(m, '_settled')]
     cuda = sorted({b.device for b in (*model.parameters(), *model.buffers()) if b.device.type == 'cuda'}, key=str)
     try:
-        with (torch.random.fork_rng(devices=cuda), torch.inference_mode(False), torch.no_grad(), torch.autocast('cpu', enabled=False),
+        with (_random_kept(cuda), torch.inference_mode(False), torch.no_grad(), torch.autocast('cpu', enabled=False),
               torch.autocast('cuda', enabled=False), eval_mode(model)): yield model
     finally:
         with torch.no_grad():
             for m,n,b,old in buffers:
                 m._buffers[n] = b
                 if not b.is_meta and not torch.equal(b, old): b.copy_(old)     # only then: writing would spoil a backward pass under way
-        random.setstate(states[0]), np.random.set_state(states[1])
         for m,old in settled: m._settled = old
 
 # %% ../nbs/api/02a_sites.ipynb #b5718493
@@ -104,8 +112,8 @@ def _trace(model, args):
         for h in handles: h.remove()
     return calls,attention
 
-# %% ../nbs/api/02a_sites.ipynb #fd9656f9
-_convs = {1:nn.Conv1d, 2:nn.Conv2d, 3:nn.Conv3d}
+# %% ../nbs/api/02a_sites.ipynb #0ad7eb4d
+_convs = nn.Conv1d,nn.Conv2d,nn.Conv3d
 _side = {1:1024, 2:224, 3:48}     # assumed where nothing is known
 
 def _one_batch(dls):
@@ -117,16 +125,14 @@ def _one_batch(dls):
     dl = next((dl for dl in (*loaders[1:2], *loaders[:1]) if has_data(dl)), None)
     if dl is None: return None
     rng = getattr(dl, 'rng', None)
-    states = random.getstate(),np.random.get_state(),rng and rng.getstate()
+    state = rng and rng.getstate()
     gens = {id(g):(g,g.get_state()) for o in (dl,getattr(dl,'sampler',None)) if (g := getattr(o, 'generator', None)) is not None}
     try:
-        with torch.random.fork_rng(devices=[]): batch = dl.one_batch() if isinstance(dl, DataLoader) else next(iter(dl))
+        with _random_kept(): batch = dl.one_batch() if isinstance(dl, DataLoader) else next(iter(dl))
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        for g,state in gens.values(): g.set_state(state)
+        for g,before in gens.values(): g.set_state(before)
         if rng:
-            rng.setstate(states[2])
+            rng.setstate(state)
             dl.rng = rng
     if isinstance(batch, Tensor): batch = [batch]
     if not isinstance(batch, (tuple,list)) or not all(isinstance(t, Tensor) for t in batch[:1]): raise TypeError(f"a batch must be tensors, got {type(batch).__name__}: give `size`")
@@ -148,7 +154,7 @@ def _shape(size, conv):
 def _example(model, size):
     "What to call `model` with, and where that is from"
     inside = {id(m) for a in model.modules() if is_attention(a) for m in a.modules()}
-    conv = next((m for m in model.modules() if isinstance(m, tuple(_convs.values())) and id(m) not in inside), None)
+    conv = next((m for m in model.modules() if isinstance(m, _convs) and id(m) not in inside), None)
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     def one(ts):
         if conv and ts[0].is_floating_point() and ts[0].dim() == len(conv.kernel_size)+1: raise ValueError(f'a batch must be (bs, channels, ...), got {tuple(ts[0].shape)}')
