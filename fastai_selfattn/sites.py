@@ -347,7 +347,7 @@ def attention_sites(
     sites = [every[p]._replace(name=n, is_fastais=n == fastais_place(model)) for n,p in names.items()]
     return Sites(sites, f'Places for attention in {type(model).__name__}, image {shape} ({where})', every)
 
-# %% ../nbs/api/02a_sites.ipynb #6fe88d1a
+# %% ../nbs/api/02a_sites.ipynb #6913e3ce
 def _matches(name, pattern):
     parts,wanted = name.split('.'),pattern.split('.')
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
@@ -373,7 +373,7 @@ def match(self:Sites,
 def _match(self:Sites, where):
     if where is True:
         found = [s for s in self if s.is_fastais]
-        if not found: raise _no_match("True means the third-to-last block of a `DynamicUnet`, where fastai puts its own attention, and there is none: without `where` fastai would silently place no attention", self)
+        if not found: raise _no_match("True means the third-to-last block of a `DynamicUnet`, where fastai puts its own attention, and this model has no such block (fastai itself would place no attention, and say nothing)", self)
     elif isinstance(where, str):
         found = [s for s in self if _matches(s.name, where)] or [s for p,s in self.every.items() if _matches(p, where)]
         if not found: raise _no_match(f"no site matches {where!r}", self)
