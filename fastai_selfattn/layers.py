@@ -322,14 +322,24 @@ def fuse_attention(
 # %% ../nbs/api/01_layers.ipynb #fe9ac9f8
 @patch
 @torch.no_grad()
+def query_key_vectors(self:SelfAttention,
+    x:Tensor, # (bs, n_channels, ...) feature map
+)->tuple[Tensor,Tensor]: # of the query pixels (bs, heads, ..., d), and of the pixels attended to, (bs, heads, ..., d) on the (pooled) map
+    "What the layer compares: `beta` is the softmax of their dot products; with the weights of the last forward pass; changes nothing; `TypeError`/`ValueError` on unfit inputs"
+    self._check(x)
+    self._settle()
+    with eval_mode(self): q,k = self._project(x, self._asks, self._answers)
+    sides = [-(-side//self.pool) for side in x.shape[2:]]
+    return tuple(self._rows(t).unflatten(1, size).unflatten(0, (x.shape[0],self.heads)) for t,size in ((q,x.shape[2:]), (self._pooled(k, x),sides)))
+
+@patch
 def attention_weights(self:SelfAttention,
     x:Tensor, # (bs, n_channels, ...) feature map
     rows:Sequence[int]|Tensor, # (m,) indices of query pixels, 0 to n-1, row by row over the map
 )->Tensor: # (bs, heads, m, ...) weights on the (pooled) map; they sum to 1 under a softmax; float32 at least
     "How much each chosen query pixel attends to every pixel, with the weights of the last forward pass; changes nothing; `TypeError`/`ValueError` on unfit inputs"
-    self._check(x)
-    self._settle()
-    with eval_mode(self): q,k = self._project(x, self._asks, self._answers)
-    q,k = self._rows(q),self._rows(self._pooled(k, x))
+    q,k = self.query_key_vectors(x)
+    size = k.shape[2:-1]
+    q,k = (t.flatten(2, -2).flatten(0, 1) for t in (q,k))
     w = ops.attention_weights(q, k, rows, scale=1. if self.softmax else 1/k.shape[1], softmax=self.softmax)
-    return w.unflatten(-1, [-(-side//self.pool) for side in x.shape[2:]]).unflatten(0, (x.shape[0],self.heads))
+    return w.unflatten(-1, size).unflatten(0, (x.shape[0],self.heads))

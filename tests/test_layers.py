@@ -1035,3 +1035,51 @@ def test_attention_weights_of_half_precision_are_float32():
         w = layer.attention_weights(x, [0, 17])
         assert w.dtype == torch.float32
         close(w.sum((-1, -2)), torch.ones(2, 1, 2))
+
+
+# query_key_vectors
+
+@each_softmax
+@each_norm
+@pytest.mark.parametrize('options', [{}, dict(reduction=4, heads=3), dict(pool=3, reduction=4, heads=2), dict(softmax=False, pool=2)], ids=str)
+def test_query_and_key_vectors_give_beta(cls, norm_type, options):
+    torch.manual_seed(3)
+    layer = use(cls(24, norm_type=norm_type, **options).double())
+    for size in ((5, 7),) if cls is PooledSelfAttention2d else ((7,), (5, 7), (2, 3, 5)):
+        x = torch.randn(2, 24, *size, dtype=torch.float64)
+        layer(x)
+        q, k = layer.query_key_vectors(x)
+        d = 24 // layer.reduction // layer.heads
+        assert q.shape == (2, layer.heads, *size, d) and k.shape == (2, layer.heads, *[len(range(0, s, layer.pool)) for s in size], d) and not (q.requires_grad or k.requires_grad)
+        logits = q.flatten(2, -2) @ k.flatten(2, -2).mT
+        close(logits.softmax(-1) if layer.softmax else logits / k.flatten(2, -2).shape[2], written_out(layer, x, weights=True).detach(), rtol=1e-9, atol=1e-12)
+        at = tuple(s // 2 for s in size)                                # and each vector is in the place of its pixel
+        row = layer.attention_weights(x, [int(np.ravel_multi_index(at, size))])[:, :, 0].flatten(2)
+        one = (k.flatten(2, -2) @ q[(slice(None), slice(None), *at)][..., None])[..., 0]
+        close(one.softmax(-1) if layer.softmax else one / one.shape[-1], row, rtol=1e-9, atol=1e-12)
+
+
+@each_softmax
+def test_query_key_vectors_are_a_look_only(cls):
+    layer, x = cls(24, gamma=.7), torch.randn(2, 24, 5, 7)
+    layer.load_state_dict(state(layer))                                 # random u and v: a power iteration would be seen
+    y = layer(x)
+    layer.key.eval()
+    flags, before, rng = {n: m.training for n, m in layer.named_modules()}, state(layer), torch.get_rng_state()
+    for _ in range(2): layer.query_key_vectors(x)
+    with pytest.raises(ValueError): layer.query_key_vectors(x[:, :5])
+    with pytest.raises(TypeError): layer.query_key_vectors(x.long())
+    same_state(state(layer), before)
+    assert flags == {n: m.training for n, m in layer.named_modules()} and torch.equal(rng, torch.get_rng_state())
+    y.sum().backward()
+
+
+def test_query_and_key_of_a_known_layer():
+    layer = SelfAttention(4, reduction=2, heads=2, pool=2, norm_type=None)
+    with torch.no_grad():
+        layer.key[0].weight.copy_(torch.tensor([[1., 0, 0, 0], [0, 2, 0, 0]])[..., None])       # fastai's `key` asks
+        layer.query[0].weight.copy_(torch.tensor([[0., 0, 1, 0], [0, 0, 0, -1]])[..., None])
+    x = torch.arange(24.).view(1, 4, 3, 2)
+    q, k = layer.query_key_vectors(x)
+    assert q[0, 0, ..., 0].tolist() == [[0, 1], [2, 3], [4, 5]] and q[0, 1, ..., 0].tolist() == [[12, 14], [16, 18], [20, 22]]
+    assert k[0, 0, ..., 0].tolist() == [[15], [17]] and k[0, 1, ..., 0].tolist() == [[-18], [-22]]

@@ -1,4 +1,6 @@
 "`ops` against the plain formula, over shapes, dtypes and memory layouts that the lessons do not show"
+import math
+
 import pytest
 import torch
 from conftest import Largest
@@ -8,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastai_selfattn import ops
-from fastai_selfattn.ops import attend, attention_backend, attention_weights, dot_attend
+from fastai_selfattn.ops import AttentionStats, attend, attention_backend, attention_stats, attention_weights, dot_attend
 
 
 def plain(q, k, v, scale=1.): return F.softmax(scale * (q @ k.mT), dim=-1) @ v
@@ -399,3 +401,94 @@ def test_bad_input_of_attention_weights_is_named(bad, error, says):
 def test_bad_rows_are_named(rows, error):
     q, k, _ = inputs(2, 6, 7, 3, 4)
     with pytest.raises(error, match='`rows` must'): attention_weights(q, k, rows)
+
+
+# attention_stats
+
+def plain_stats(q, k, q_at, k_at, own, scale=1.):
+    "The formulas on the whole map"
+    p, nk = F.softmax(scale * (q @ k.mT), -1), k.shape[1]
+    distance = torch.stack([torch.stack([(a - b).square().sum().sqrt() for b in k_at]) for a in q_at]).to(p)
+    entropy = torch.special.entr(p).sum(-1)
+    itself = torch.stack([p[:, j, i] for j, i in enumerate(own)], 1)
+    return AttentionStats(entropy, entropy / math.log(nk) if nk > 1 else torch.zeros_like(entropy), (p * distance).sum(-1), itself, p.amax(-1))
+
+def places(nq, nk, dims, seed=1, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return torch.rand(nq, dims, generator=g, dtype=dtype) * 50, torch.rand(nk, dims, generator=g, dtype=dtype) * 50, torch.randint(nk, (nq,), generator=g)
+
+def compare_stats(got, want, tol, dtype):
+    for name, w in want._asdict().items():
+        g = getattr(got, name)
+        assert g.shape == w.shape and g.dtype == dtype and not g.requires_grad
+        assert (g.double() - w).abs().max() <= tol * max(1, w.abs().max()), name
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 4), st.integers(1, 30), st.integers(1, 30), st.integers(1, 5), st.integers(1, 3), st.floats(.1, 3), st.tuples(*[st.sampled_from(list(LAYOUTS))] * 2), st.sampled_from([(1024, 512), (5, 7), (1, 1), (64, 3)]))
+def test_statistics_are_those_of_the_whole_map(bs, nq, nk, d, dims, scale, layouts, tile):
+    q, k = laid(inputs(bs, nq, nk, d, 1)[:2], layouts)
+    with pytest.MonkeyPatch.context() as m:
+        for name, size in zip(('_ROWS', '_COLS'), tile): m.setattr(ops, name, size)
+        got = attention_stats(q, k, *places(nq, nk, dims), scale)
+    compare_stats(got, plain_stats(q.detach(), k.detach(), *places(nq, nk, dims), scale), 1e-12, torch.float64)
+
+
+@pytest.mark.parametrize('dtype,tol', [(torch.float32, 1e-5), (torch.bfloat16, 1e-5), (torch.float16, 1e-5)], ids=str)
+def test_statistics_of_half_precision_are_float32(dtype, tol):
+    q, k = (t.detach().to(dtype) for t in inputs(2, 70, 90, 8, 1)[:2])
+    for at in (torch.float64, torch.float32, torch.long):
+        q_at, k_at, own = places(70, 90, 2)
+        where = q_at.to(at), k_at.to(at), own.tolist()
+        with torch.autocast('cpu', dtype=torch.bfloat16): got = attention_stats(q, k, *where)
+        compare_stats(got, plain_stats(q.double(), k.double(), where[0].double(), where[1].double(), own), tol, torch.float32)
+
+
+def test_statistics_with_answers_on_paper():
+    at = torch.tensor([[0., 0], [0, 4], [3, 0]])
+    s = attention_stats(torch.zeros(2, 3, 5), torch.randn(2, 3, 5), at, at, [0, 1, 2])
+    for got, want in ((s.entropy, math.log(3)), (s.entropy_share, 1.), (s.itself, 1 / 3), (s.largest, 1 / 3)): torch.testing.assert_close(got, torch.full((2, 3), want))
+    torch.testing.assert_close(s.distance, torch.tensor([[4 + 3, 4 + 5, 3 + 5.]]).expand(2, 3) / 3)
+    q, k = torch.tensor([[[1000.]]]).expand(1, 3, 1), torch.tensor([[[0.], [1], [-1]]])            # all attend to the second
+    s = attention_stats(q, k, at, at, torch.tensor([0, 1, 2]))
+    assert s.entropy.tolist() == s.entropy_share.tolist() == [[0, 0, 0]] and not s.entropy.signbit().any()
+    assert s.distance.tolist() == [[4, 0, 5]] and s.itself.tolist() == [[0, 1, 0]] and s.largest.tolist() == [[1, 1, 1]]
+    s = attention_stats(torch.tensor([[[1.]]]), torch.tensor([[[0.], [math.log(3)]]]), at[:1], at[:2], [1])     # 1/4 and 3/4
+    for got, want in zip(s, (math.log(4) - .75 * math.log(3), 2 - .75 * math.log2(3), 3., .75, .75)): assert got.item() == pytest.approx(want, rel=1e-6)
+    s = attention_stats(torch.ones(1, 3, 1), torch.ones(1, 1, 1), at, at[:1], [0, 0, 0])           # one key only
+    assert s.entropy.tolist() == s.entropy_share.tolist() == [[0, 0, 0]] and s.distance.tolist() == [[0, 4, 3]] and s.itself.eq(1).all()
+
+
+@pytest.mark.parametrize('top', [1e4, -1e4, 1e30])
+def test_statistics_of_huge_logits_stay_finite(top):
+    q, k, at = torch.full((1, 3, 1), top), torch.tensor([[[1.], [2], [2], [-3]]]), torch.arange(4.)[:, None]
+    for got in attention_stats(q, k, at[:3], at, [0, 1, 2]): assert got.isfinite().all()
+
+
+def test_statistics_are_streamed():
+    n, at = 3000, torch.rand(3000, 2)
+    q, k, _ = inputs(2, n, n, 4, 1, torch.float32)
+    with Largest() as largest: got = attention_stats(q, k, at, at, torch.arange(n))
+    with Largest() as whole: F.softmax(q @ k.mT, -1)
+    assert largest.numel <= 2**20 < n * n <= whole.numel
+    rows = [0, 1234, n - 1]
+    p = attention_weights(q.detach(), k.detach(), rows).double()
+    torch.testing.assert_close(got.entropy[:, rows].double(), torch.special.entr(p).sum(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.itself[:, rows].double(), p[:, range(3), rows], rtol=1e-4, atol=1e-9)
+
+
+def test_statistics_of_empty_batches_and_of_tensor_subclasses():
+    from fastai.torch_core import TensorImage
+    q, k, _ = inputs(2, 6, 7, 3, 1, torch.float32)
+    where = places(6, 7, 2)
+    for got, want in zip(attention_stats(TensorImage(q), TensorImage(k), *where), attention_stats(q, k, *where)): assert type(got) is torch.Tensor and torch.equal(got, want)
+    assert all(s.shape == (0, 6) for s in attention_stats(q[:0], k[:0], *where))
+    assert all(s.shape == (2, 0) for s in attention_stats(q[:, :0], k, where[0][:0], *where[1:2], []))
+
+
+@pytest.mark.parametrize('change,error,says', [
+    (dict(q=torch.ones(6, 3)), ValueError, 'flatten a feature map'), (dict(k=torch.ones(2, 7, 4)), ValueError, 'same channels'), (dict(q=[1]), TypeError, 'must be a tensor'),
+    (dict(q_at=torch.ones(5, 2)), ValueError, r'must be \(6, dims\) and \(7, dims\), a position for each pixel; got \(5, 2\) and \(7, 2\)'), (dict(k_at=torch.ones(7, 3)), ValueError, r'got \(6, 2\) and \(7, 3\)'),
+    (dict(own=[0] * 5), ValueError, 'for each of the 6 query pixels, got 5'), (dict(own=[7] * 6), ValueError, r'must lie in 0\.\.6'), (dict(own=[-1] * 6), ValueError, 'must lie in'), (dict(own=[.5] * 6), TypeError, 'whole numbers')], ids=str)
+def test_bad_input_of_attention_stats_is_named(change, error, says):
+    args = dict(q=torch.ones(2, 6, 3), k=torch.ones(2, 7, 3), q_at=torch.ones(6, 2), k_at=torch.ones(7, 2), own=[0] * 6)
+    with pytest.raises(error, match=says): attention_stats(**(args | change))
