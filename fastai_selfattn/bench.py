@@ -6,7 +6,7 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/bench.html.md"""
 
 # %% auto #0
 __all__ = ['Shape', 'parse_shapes', 'attention_cost', 'rate_meter', 'parse_contestants', 'check_layers', 'peak_extra',
-           'bench_shape', 'bench_table', 'plot_bench', 'bench_main']
+           'circumstances', 'bench_shape', 'bench_table', 'plot_bench', 'bench_main']
 
 # %% ../nbs/api/11_bench.ipynb #1e4ce4e1
 import argparse
@@ -316,9 +316,11 @@ def _cpu():
     try: return re.search(r'^model name\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), re.M)[1].strip()
     except (OSError,TypeError): return platform.processor() or platform.machine() or 'unknown'
 
-def _circumstances(): return {'machine':_cpu(), 'cores':os.cpu_count(), 'threads':torch.get_num_threads(), 'os':f'{platform.system()} {platform.release()}',
-                              'python':platform.python_version(), 'torch':torch.__version__, 'fastai':importlib.metadata.version('fastai'),
-                              'package version':__version__, 'date':date.today().isoformat()}
+def circumstances()->dict[str,str|int]: # column -> value
+    "The machine and the versions that a measurement stands for"
+    return {'machine':_cpu(), 'cores':os.cpu_count(), 'threads':torch.get_num_threads(), 'os':f'{platform.system()} {platform.release()}',
+            'python':platform.python_version(), 'torch':torch.__version__, 'fastai':importlib.metadata.version('fastai'),
+            'package version':__version__, 'date':date.today().isoformat()}
 
 _columns = ['shape','n','contestant','pass','rounds','median ms','min ms','ratio to fastai','floor ms','times over floor','extra MiB',
             'machine','cores','threads','os','python','torch','fastai','package version','date','note']
@@ -352,7 +354,7 @@ def bench_shape(
     names = parse_contestants() if contestants is None else contestants
     tick(f'{shape} time')
     times,notes = _time_shape(shape, names, seconds)
-    rows,here = [],_circumstances()
+    rows,here = [],circumstances()
     for n in names:
         for p in _passes:
             row = {'shape':str(shape), 'n':shape.n, 'contestant':n, 'pass':p, 'note':notes[n]} | times.get((n,p), {}) | here

@@ -10,7 +10,6 @@ __all__ = []
 # %% ../nbs/api/07_learner.ipynb #fde84de0
 from collections.abc import Callable, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from fastai.learner import Learner
@@ -18,22 +17,32 @@ from fastcore.basics import patch
 from matplotlib.axes import Axes
 from torch import nn
 
+from . import plot
 from .insert import insert_attention as _insert_attention, remove_attention as _remove_attention
 from .layers import SelfAttention, eval_mode
-from .plot import plot_attention, plot_gamma as _plot_gamma
-from .record import AttentionRecorder
+from .record import AttentionRecorder, pictures, receptive_field
 from .sites import Site, Sites, attention_sites as _attention_sites
 from .upgrade import Upgrade, upgrade_attention as _upgrade_attention
 
 # %% ../nbs/api/07_learner.ipynb #1ce3bffd
+def _logger(learn, name, cls):
+    if not hasattr(learn, name): raise ValueError(f"this Learner has no `{cls}`: make it with `cbs={cls}()`, or call `learn.add_cb({cls}())`, and train")
+    return getattr(learn, name)
+
 @patch
 def plot_gamma(self:Learner,
     ax:Axes=None, # where to draw, a new one if None
+    what:str='gamma', # or its gradient 'grad', or 'change', the share of the features that attention changes
 )->Axes:
     "Draw gamma of each attention layer over the training steps that a `GammaLogger` saw; `ValueError` without one or before training"
-    if not hasattr(self, 'gamma_logger'):
-        raise ValueError("this Learner has no `GammaLogger`: make it with `cbs=GammaLogger()`, or call `learn.add_cb(GammaLogger())`, and train")
-    return _plot_gamma(self.gamma_logger.history, ax)
+    return plot.plot_gamma(_logger(self, 'gamma_logger', 'GammaLogger').history, ax, what)
+
+@patch
+def plot_attention_stats(self:Learner,
+    ax:Sequence[Axes]=None, # two axes, a new figure if None
+)->np.ndarray: # the two axes
+    "Draw entropy and distance of attention in each layer over the epochs that an `AttentionMapLogger` saw; `ValueError` without one or before training"
+    return plot.plot_attention_stats(_logger(self, 'attention_map_logger', 'AttentionMapLogger').stats, ax)
 
 # %% ../nbs/api/07_learner.ipynb #cb6f903f
 def _default_points(h, w): return [(h//4, w//4), (h//2, w//2), (3*h//4, 3*w//4)]
@@ -41,33 +50,33 @@ def _default_points(h, w): return [(h//4, w//4), (h//2, w//2), (3*h//4, 3*w//4)]
 @patch
 def show_attention(self:Learner,
     items:Sequence=None, # pictures as the Learner's pipeline takes them, such as file names; the first `n` of the validation set if None
-    points:Sequence[tuple[int,int]]=None, # query pixels, (row, col) in pixels of the model's input; three on the diagonal if None
+    points:Sequence[tuple[int,int]]|str|int=None, # query pixels, (row, col) in pixels of the model's input, or as `AttentionRecorder` takes them; three on the diagonal if None
     n:int=3, # how many of the validation set, if no `items` are given
     size:float=2., # height of a picture in inches
+    layers:str|Sequence[str]=None, # names or patterns of layers; all if None
+    scale:str|float='layer', # a colour scale for each 'layer', one for 'all', or the top of one for all, in averages
+    ax:Axes|np.ndarray=None, # axes in the shape that is returned, or an `Axes` for one map; a new figure if None
 )->np.ndarray: # the axes, a row for each picture and attention layer, a column for the picture and each point
-    "Draw what query pixels attend to in every attention layer, on one colour scale a row; `ValueError` as `AttentionRecorder`"
-    if items is None: items = list(self.dls.valid_ds.items[:n])
-    if not len(items): raise ValueError("no pictures to show: `items` is empty")
-    dl = self.dls.test_dl(items, bs=len(items), num_workers=0)
-    batch = dl.one_batch()
-    x = batch[0]
-    h,w = x.shape[-2:]
-    points = _default_points(h, w) if points is None else points
-    with torch.no_grad(), eval_mode(self.model) as model, AttentionRecorder(model, points) as rec: model(x)
-    points = rec.points
-    images = dl.decode(batch)[0].float()/255
-    rows = [(name,i) for i in range(len(items)) for name in rec.maps]
-    fig,axs = plt.subplots(len(rows), len(points)+1, figsize=(size*w/h*(len(points)+1)+1, size*len(rows)+.3), squeeze=False, layout='constrained')
-    for row,(name,i) in zip(axs, rows):
-        maps = rec.maps[name][i]
-        vmax = max(2., maps.max().item()*maps[0].numel())     # the average is in the middle of the scale, or below
-        row[0].imshow(images[i].permute(1,2,0).clamp(0,1).cpu().numpy())
-        row[0].set_axis_off()
-        row[0].set_title(f'{name}, gamma {rec.gammas[name]:.3g}', fontsize=9)
-        for ax,point,amap in zip(row[1:], points, maps):
-            plot_attention(images[i], amap, point, ax, vmax=vmax).set_title(f'pixel {tuple(point)}', fontsize=9)
-        fig.colorbar(row[-1].images[-1], ax=row, fraction=.03, pad=.01, shrink=.9).set_label('attention, 1 = average', fontsize=8)
-    return axs
+    "Draw what query pixels attend to in the attention layers; `ValueError` as `AttentionRecorder` and `plot.show_attention`"
+    p = pictures(self, items, n)
+    points = _default_points(*p.x.shape[-2:]) if points is None else points
+    with torch.no_grad(), eval_mode(self.model) as model, AttentionRecorder(model, points, layers, stats=False) as rec: model(p.x)
+    return plot.show_attention(p.images, rec.maps, rec.points, titles=p.names, gammas=rec.gammas, pools=rec.pools, scale=scale, ax=ax, size=size)
+
+# %% ../nbs/api/07_learner.ipynb #3dd1d6cf
+@patch
+def show_receptive_field(self:Learner,
+    items:Sequence=None, # pictures as the Learner's pipeline takes them; the first `n` of the validation set if None
+    point:tuple[int,int]=None, # the output pixel, by (row, col) in pixels of the model's input; the middle if None
+    n:int=3, # how many of the validation set, if no `items` are given
+    channel:int=None, # of the output; the largest at that pixel, picture by picture, if None
+    module:str=None, # path of a module whose output is looked at, for models whose output is no map
+    ax:Sequence[Axes]=None, # two axes, a new figure if None
+    size:float=3., # height of a picture in inches
+)->np.ndarray: # the two axes
+    "Draw the effective receptive field of an output pixel without and with attention over the first picture; `ValueError` as `record.receptive_field`"
+    p = pictures(self, items, n)
+    return plot.show_receptive_field(p.images[0], receptive_field(self.model, p.x, point, channel, module), ax, size)
 
 # %% ../nbs/api/07_learner.ipynb #25b2eb82
 @patch

@@ -176,6 +176,8 @@ class AttentionRecorder:
     ):
         self.model,self.points,self.layers = model,_check_points(points),choose_layers(model, layers)
         self._points,self._stats,self._vectors,self._seed,self._image_size = self.points,stats,vectors,seed,image_size
+        if image_size is not None and not (isinstance(image_size, (tuple,list)) and image_size and all(isinstance(i, Integral) and i > 0 for i in image_size)):
+            raise ValueError(f"`image_size` must be (height, width) in pixels, got {image_size!r}")
         without = [n for n,m in self.layers.items() if not has_map(m)]
         if (points is not None or stats or vectors) and without and (layers is not None or len(without) == len(self.layers)):
             raise ValueError(f"{', '.join(without)} weighs pixels by dot products without a softmax, so there is no map: choose other `layers`, or ask with `points=None, stats=False` for gamma and the change of the features alone")
@@ -366,6 +368,7 @@ def pictures(
     dls,device = learn.dls,next(learn.model.parameters()).device
     if isinstance(items, (str,Path,Image.Image)): items = [items]
     none = ValueError("no pictures to show: " + ("`items` is empty" if n else "`n` is 0") + ", or the validation set is, as in a Learner that was exported: give `items`")
+    if len(dls.loaders) < 2: raise ValueError("these DataLoaders have no validation set, and its pipeline prepares the pictures: give the Learner one")
     with random_kept():
         if items is None and not hasattr(dls.valid_ds, 'items'): items,dl,batch = range(n),dls.valid,[one_batch(dls)[0][0][:n]]
         elif isinstance(items, Tensor): dl,batch = dls.valid,[TensorImage(items)]

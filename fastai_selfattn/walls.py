@@ -11,6 +11,7 @@ __all__ = ['open_photo', 'open_mask', 'mask_of', 'wall_items', 'split_walls', 'w
 
 # %% ../nbs/api/10_walls.ipynb #8952e5b1
 import argparse
+import copy
 import difflib
 import glob
 import shlex
@@ -45,6 +46,7 @@ from torch.nn import functional as F
 
 from . import learner  # noqa: F401  gives `Learner` its `show_attention`
 from .callbacks import GammaLogger
+from .explorer import attention_explorer
 from .record import attention_layers
 from .rooms import make_rooms
 from .unet import unet_learner
@@ -280,6 +282,7 @@ def write_report(
     for f,title in (('gamma.png','gamma per training step'), ('predictions.png','Held-out rooms: image, truth, prediction'),
                     ('attention.png','What the marked pixels attend to (1 is the average)'), ('recolored.png','Repainted')):
         if (out/f).exists(): lines += [f'## {title}', '', f'![{title}]({f})', '']
+    if (out/'explorer.html').exists(): lines += ['## Any pixel you like', '', 'Open [explorer.html](explorer.html) in a browser and click on a picture.', '']
     lines += ['## Settings', '', _write_table(pd.DataFrame(settings.items(), columns=['option','value'])), '']
     (out/'report.md').write_text('\n'.join(lines), encoding='utf-8')
 
@@ -361,8 +364,8 @@ def _prepare(args, arch, items, out):
     except Exception as e: raise ValueError(f"no U-Net on --arch {args.arch}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
     return learn,test
 
-def _finish(learn, test, args):
-    "Write pictures, model and report; print the end of the run"
+def _finish(learn, test, args, before):
+    "Write pictures, model and report; print the end of the run; `before` is a copy of the model from before training"
     out,gammas = learn.path,{n:m.gamma.item() for n,m in attention_layers(learn.model).items()}
     figures = evaluate_walls(learn, test)
     _save(plot_predictions(learn, test[:5], args.wall_code), out/'predictions.png')
@@ -370,6 +373,7 @@ def _finish(learn, test, args):
     if gammas:
         _save(learn.plot_gamma(), out/'gamma.png')
         _save(learn.show_attention(test[:3]), out/'attention.png')
+        attention_explorer(learn, test[:4], out/'explorer.html', others={'before training':before}, label='after training', title='What the wall finder attends to')
     learn.export()
     write_report(out, figures, gammas, {f"--{k.replace('_','-')}":v for k,v in vars(args).items() if v is not None})
     print(f"\ntest Dice {figures['dice']:.3f} (calling everything wall: {figures['all_wall_dice']:.3f}), wall IoU {figures['wall_iou']:.3f}")
@@ -391,8 +395,9 @@ def walls_main(
         print(f"selfattn-walls: {e or 'stopped'}", file=sys.stderr)
         return 2 if isinstance(e, ValueError) else 130
     try:
+        before = copy.deepcopy(learn.model)
         learn.fit_one_cycle(args.epochs, args.lr, cbs=CSVLogger('table.csv'))
-        _finish(learn, test, args)
+        _finish(learn, test, args, before)
     except KeyboardInterrupt:
         print(f"\nstopped; the table so far is in {out/'table.csv'}", file=sys.stderr)
         return 130

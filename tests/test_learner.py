@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 import fastai_selfattn.all as everything
 from fastai_selfattn import learner as learner_module
-from fastai_selfattn.callbacks import GammaLogger
+from fastai_selfattn.callbacks import AttentionMapLogger, GammaLogger
 from fastai_selfattn.layers import SelfAttention
-from fastai_selfattn.record import AttentionRecorder, attention_layers
+from fastai_selfattn.record import AttentionRecorder, attention_layers, pictures as shown, receptive_field
 from fastai_selfattn.rooms import make_rooms
 from fastai_selfattn.walls import open_mask
 
@@ -107,12 +107,12 @@ def test_maps_are_those_of_a_recorder_on_the_same_batch(rooms, n, points):
     rows = [(i, name) for i in range(n) for name in ('body.2', 'body.5')]
     for row, (i, name) in zip(axs, rows):
         want = rec.maps[name]
-        assert row[0].get_title() == f'{name}, gamma {rec.gammas[name]:.3g}'
-        assert [ax.get_title() for ax in row[1:]] == [f'pixel {p}' for p in placed]
+        assert f'{name}, gamma {rec.gammas[name]:.3g}' in ' '.join(t.get_text() for t in row[0].texts)
+        assert [ax.get_title().partition('pixel')[2] for ax in row[1:]] == [f' {p}' for p in placed]
         for ax, point, amap in zip(row[1:], placed, want[i]):
             np.testing.assert_allclose(ax.images[-1].get_array(), amap * amap.numel(), rtol=1e-3, atol=1e-4)
             assert ax.lines[-1].get_xydata().tolist() == [list(point[::-1])]
-            assert ax.images[-1].get_clim() == (0, pytest.approx(max(2, want[i].max().item() * amap.numel()), rel=1e-3))      # one scale a row
+            assert ax.images[-1].get_clim() == (0, pytest.approx(max(2, want.max().item() * amap.numel()), rel=1e-3))      # one scale a layer
     if len(placed) > 1: assert len({row[1].images[-1].get_clim() for row in axs}) > 1
 
 
@@ -142,7 +142,7 @@ def test_ways_to_give_pictures(rooms, given):
 @pytest.mark.parametrize('points', [torch.tensor(POINTS), [np.array(p).tolist() for p in POINTS], [tuple(np.array(p)) for p in POINTS]], ids=['tensor', 'lists', 'numpy'])
 def test_ways_to_give_points(rooms, points):
     axs = make(rooms).show_attention(n=1, points=points)
-    assert [ax.get_title() for ax in axs[0, 1:]] == [f'pixel {p}' for p in POINTS]
+    assert [ax.get_title() for ax in axs[0, 1:]] == [f'{i}: pixel {p}' for i, p in enumerate(POINTS)]
 
 
 def test_the_same_whatever_the_random_state_and_mode(rooms):
@@ -193,7 +193,7 @@ def test_no_pictures_and_no_attention(rooms):
     for kwargs in (dict(items=[]), dict(n=0)):
         with pytest.raises(ValueError, match='no pictures to show'): learn.show_attention(**kwargs)
     learn.model = nn.Conv2d(3, 2, 1)
-    with pytest.raises(ValueError, match='no attention layer in this Conv2d'): learn.show_attention()
+    with pytest.raises(ValueError, match='no attention layer of this package or of fastai in this Conv2d'): learn.show_attention()
     assert not plt.get_fignums()
 
 
@@ -211,7 +211,7 @@ def test_a_classifier_and_one_picture(rooms):
     block = DataBlock((ImageBlock, CategoryBlock), get_items=pictures, get_y=lambda f: int(f.stem[-1]) % 2, splitter=FuncSplitter(held_out))
     model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), SelfAttention(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
     axs = Learner(block.dataloaders(rooms, bs=2, num_workers=0), model, loss_func=nn.CrossEntropyLoss()).show_attention(n=1, size=1.5)
-    assert axs.shape == (1, 4) and axs[0, 0].get_title() == '1, gamma 0' and axs[0, 1].images[-1].get_array().shape == (15, 21)
+    assert axs.shape == (1, 4) and 'layer 1, gamma 0' in ' '.join(t.get_text() for t in axs[0, 0].texts) and axs[0, 1].images[-1].get_array().shape == (15, 21)
 
 
 # --- the names of `all`
@@ -219,10 +219,14 @@ def test_a_classifier_and_one_picture(rooms):
 NOT_IN_ALL = {'short_names': 'names the columns of `GammaLogger`; nobody needs it in a notebook',
               'exporting': 'for the layers', 'eval_mode': 'for whoever looks at a model', 'is_attention': 'for `insert`',
               'unet_blocks': 'for `unet`', 'fastais_place': 'for `unet`', 'take_over': 'for `unet`',
+              'random_kept': 'for whoever looks at a model', 'one_batch': 'for whoever looks at data', 'path_matches': 'for whoever chooses by pattern',
+              'AttentionStats': 'what `attention_stats` gives', 'bare_model': 'for whoever looks at a model', 'has_map': 'for whoever looks at a layer',
+              'choose_layers': 'for whoever looks at layers', 'change_share': 'for `GammaLogger`', 'Pictures': 'what `pictures` gives',
+              'pictures': 'for whoever draws a Learner; too common a word', 'ReceptiveField': 'what `receptive_field` gives', 'Explorer': 'what `attention_explorer` gives',
               'Site': 'what a table of sites is made of', 'Sites': 'what `attention_sites` gives', 'Place': 'what an inserted layer remembers',
               'Upgrade': 'what `upgrade_attention` gives', 'AttentionSplitter': 'what `insert_attention` gives to a Learner', 'AttentionParams': 'what `insert_attention` gives to a Learner'}
 
-@pytest.mark.parametrize('module', ['ops', 'layers', 'sites', 'insert', 'upgrade', 'record', 'plot', 'unet', 'callbacks'])
+@pytest.mark.parametrize('module', ['ops', 'layers', 'sites', 'insert', 'upgrade', 'record', 'plot', 'unet', 'callbacks', 'interpret', 'explorer'])
 def test_every_public_name_is_in_all(module):
     public = importlib.import_module(f'fastai_selfattn.{module}')
     for name in public.__all__:
@@ -244,3 +248,46 @@ def test_star_imports_after_fastai_give_ours():
 def test_learner_gets_its_methods():
     assert Learner.plot_gamma.__module__ == Learner.show_attention.__module__ == learner_module.__name__
     assert everything.plot_gamma is not Learner.plot_gamma
+
+
+# --- show_receptive_field, plot_attention_stats
+
+def test_receptive_field_is_that_of_the_pictures(rooms):
+    learn = fit(make(rooms))
+    learn.model.train()
+    before, mode = {k: v.clone() for k, v in learn.model.state_dict().items()}, modes(learn)
+    axs = learn.show_receptive_field(n=2, point=(13, 31))
+    assert axs.shape == (2,) and modes(learn) == mode and all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
+    field = receptive_field(learn.model, shown(learn, n=2).x, (13, 31))
+    for ax, area in zip(axs, (field.area_off, field.area_on)):
+        assert f'{100 * area:.2g} %' in ax.get_title() or f'{100 * area:.0f} %' in ax.get_title()
+        assert ax.lines[-1].get_xydata().tolist() == [[31, 13]]
+    with pytest.raises(ValueError, match=r'point \(30, 0\) is not on the image of 30x42 pixels'): learn.show_receptive_field(point=(30, 0))
+
+
+def test_attention_stats_are_those_of_the_logger(rooms):
+    learn = make(rooms, logger := AttentionMapLogger(n=2))
+    with pytest.raises(ValueError, match='no epochs|must have'): learn.plot_attention_stats()
+    axs = fit(learn, 2).plot_attention_stats()
+    for ax, column in zip(axs, ('entropy_share', 'distance')):
+        for line, (name, want) in zip([l for l in ax.lines if len(l.get_xdata()) == 3], logger.stats.groupby('layer')): np.testing.assert_allclose(line.get_ydata(), want.groupby('epoch')[column].mean())
+    with pytest.raises(ValueError, match='no `AttentionMapLogger`'): make(rooms).plot_attention_stats()
+
+
+def test_plot_gamma_draws_what_is_asked_for(rooms):
+    learn = fit(make(rooms, GammaLogger()), 2)
+    for what in ('grad', 'change'):
+        lines = [l for l in learn.plot_gamma(what=what).lines if len(l.get_xdata()) > 2]
+        assert len(lines) == 2
+        for line, name in zip(lines, ('2', '5')): np.testing.assert_array_equal(line.get_ydata(), learn.gamma_logger.history[f'{what}_{name}'].dropna())
+
+
+def test_layers_scale_and_axes_go_to_the_drawing(rooms):
+    learn = fit(make(rooms))
+    axs = learn.show_attention(n=2, points=POINTS[:2], layers='body.5')
+    assert axs.shape == (2, 3)
+    assert {ax.images[-1].get_clim() for row in learn.show_attention(n=2, points=POINTS, scale=7.)[:, 1:] for ax in row} == {(0, 7)}
+    ax = plt.figure().gca()
+    before = plt.get_fignums()
+    learn.show_attention(n=1, points='center', layers='body.5', ax=ax)
+    assert plt.get_fignums() == before and ax.lines[-1].get_xydata().tolist() == [[21, 15]]

@@ -1013,6 +1013,7 @@ def test_the_channel_is_the_largest_of_each_image_with_attention():
 def test_receptive_field_inside_a_classifier():
     model = net().eval()
     classifier, x = nn.Sequential(model, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)), images()
+    before = hooks(classifier)
     with pytest.raises(ValueError, match=r'the output must be a map .*got \(2, 3\): name a `module` inside'): receptive_field(classifier, x)
     want, got = receptive_field(model, x, (3, 4)), receptive_field(classifier, x, (3, 4), module='0')
     assert torch.equal(want.on, got.on) and torch.equal(want.off, got.off) and want[2:] == got[2:]
@@ -1024,6 +1025,8 @@ def test_receptive_field_inside_a_classifier():
     with pytest.raises(ValueError, match='got tuple: name a `module`'): receptive_field(Pair(), x)
     with pytest.raises(ValueError, match='must be a map'): receptive_field(Pair(), x, module='unused')
     assert torch.equal(receptive_field(Pair(), x, (3, 4), module='net').on, want.on)
+    with pytest.raises(RuntimeError): receptive_field(classifier, torch.randn(2, 5, 30, 42), module='0')
+    assert hooks(classifier) == before
 
 
 @pytest.mark.parametrize('kwargs,error,says', [
@@ -1198,3 +1201,14 @@ def test_training_goes_on_as_without_pictures(files, look, plain):
         return out + [b[0].clone() for b in learn.dls.train] + [b[0].clone() for b in learn.dls.valid] + [torch.rand(1), torch.tensor([random.random(), np.random.rand()])]
     want, got = batches(None), batches((lambda l, f: pictures(l)) if plain else look)
     assert len(want) == len(got) > 6 and all(torch.equal(a, b) for a, b in zip(want, got))
+
+
+@pytest.mark.parametrize('size', [64, (64,), (0, 64), (6.4, 64), '64', ()], ids=str)
+def test_image_size_is_checked_at_once(size):
+    if size == (64,): return AttentionRecorder(net(1), 'center', image_size=size)     # a 1d map
+    with pytest.raises(ValueError, match='`image_size` must be'): AttentionRecorder(net(), 'center', image_size=size)
+
+
+def test_pictures_want_a_validation_set():
+    learn = Learner(DataLoaders(DataLoader([(torch.rand(3, 6, 8), 0)] * 4, bs=2)), net(), loss_func=nn.MSELoss())
+    with pytest.raises(ValueError, match='no validation set'): pictures(learn)

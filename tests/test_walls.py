@@ -166,7 +166,7 @@ def test_recolor_keeps_what_is_not_wall():
 
 def test_a_run_leaves_all_that_it_promises(finished, rooms):
     out, said = finished
-    assert {f.name for f in out.iterdir()} == {'table.csv', 'gamma.png', 'predictions.png', 'attention.png', 'recolored.png', 'export.pkl', 'report.md'}
+    assert {f.name for f in out.iterdir()} == {'table.csv', 'gamma.png', 'predictions.png', 'attention.png', 'recolored.png', 'explorer.html', 'export.pkl', 'report.md'}
     assert list(pd.read_csv(out/'table.csv').columns) == ['epoch', 'train_loss', 'valid_loss', 'dice', 'wall_iou', 'gamma', 'time']
     for f in out.glob('*.png'): assert Image.open(f).convert('L').getextrema() != (255, 255)
     dice, everything = map(float, re.search(r'test Dice (\S+) \(calling everything wall: (\S+)\)', said).groups())
