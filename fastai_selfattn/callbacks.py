@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .layers import eval_mode
 from .plot import plot_attention, show_attention, show_attention_growth
-from .record import AttentionRecorder, attention_layers, bare_model, change_share, choose_layers, pictures
+from .record import AttentionRecorder, attention_layers, bare_model, change_share, check_points, choose_layers, pictures
 from .sites import random_kept
 
 # %% ../nbs/api/06_callbacks.ipynb #955af133
@@ -204,7 +204,8 @@ class AttentionMapLogger(Callback):
         for name,i in dict(every=every, n=n).items():
             if isinstance(i, bool) or not isinstance(i, Integral) or i < 1: raise ValueError(f"`{name}` must be 1 or more, got {i!r}")
         if points is None: raise ValueError("`points` must say which query pixels to record, got None")
-        self.items,self.points,self.every,self.path,self.layers,self.n,self.seed = items,points,int(every),path and Path(path),layers,n,seed
+        if not (layers is None or isinstance(layers, str) or isinstance(layers, Sequence) and all(isinstance(l, str) for l in layers)): raise TypeError(f"`layers` must be names of attention layers, got {layers!r}")
+        self.items,self.points,self.every,self.path,self.layers,self.n,self.seed = items,check_points(points),int(every),path and Path(path),layers,n,seed
         self.pictures,self._seen,self._files,self._done,self._warned = None,[],[],0,set()
         self._check_path()
 

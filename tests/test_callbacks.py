@@ -1096,3 +1096,9 @@ def test_pictures_that_tensorboard_does_not_take(tmp_path, files, monkeypatch):
     learn = segment(files, tmp_path, logger)
     with pytest.warns(UserWarning, match='no pictures for TensorBoard, training goes on: .*No space left') as seen: learn.fit(2, .01, cbs=board(tmp_path / 'board'))
     assert len([w for w in seen if 'AttentionMapLogger' in str(w.message)]) == 1 and logger.maps()[1] == [0, 1, 2]
+
+
+@pytest.mark.parametrize('kwargs,error,says', [(dict(points='corner'), ValueError, "got 'corner'"), (dict(points=[(1.5, 2)]), ValueError, r'got \(1.5, 2\)'), (dict(points=0), ValueError, 'got 0'),
+                                               (dict(layers=3), TypeError, '`layers` must be names'), (dict(layers=[3]), TypeError, '`layers` must be names')], ids=str)
+def test_wrong_points_and_layers_are_named_at_construction(kwargs, error, says):
+    with pytest.raises(error, match=says): AttentionMapLogger(**kwargs)

@@ -221,7 +221,7 @@ NOT_IN_ALL = {'short_names': 'names the columns of `GammaLogger`; nobody needs i
               'unet_blocks': 'for `unet`', 'fastais_place': 'for `unet`', 'take_over': 'for `unet`',
               'random_kept': 'for whoever looks at a model', 'one_batch': 'for whoever looks at data', 'path_matches': 'for whoever chooses by pattern',
               'AttentionStats': 'what `attention_stats` gives', 'bare_model': 'for whoever looks at a model', 'has_map': 'for whoever looks at a layer',
-              'choose_layers': 'for whoever looks at layers', 'change_share': 'for `GammaLogger`', 'Pictures': 'what `pictures` gives',
+              'choose_layers': 'for whoever looks at layers', 'change_share': 'for `GammaLogger`', 'check_points': 'for whoever takes query pixels', 'Pictures': 'what `pictures` gives',
               'pictures': 'for whoever draws a Learner; too common a word', 'ReceptiveField': 'what `receptive_field` gives', 'Explorer': 'what `attention_explorer` gives',
               'Site': 'what a table of sites is made of', 'Sites': 'what `attention_sites` gives', 'Place': 'what an inserted layer remembers',
               'Upgrade': 'what `upgrade_attention` gives', 'AttentionSplitter': 'what `insert_attention` gives to a Learner', 'AttentionParams': 'what `insert_attention` gives to a Learner'}
