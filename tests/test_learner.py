@@ -19,11 +19,12 @@ from torch.nn import functional as F
 
 import fastai_selfattn.all as everything
 from fastai_selfattn import learner as learner_module
-from fastai_selfattn.callbacks import AttentionMapLogger, GammaLogger
-from fastai_selfattn.layers import SelfAttention
-from fastai_selfattn.record import AttentionRecorder, attention_layers, pictures as shown, receptive_field
-from fastai_selfattn.rooms import make_rooms
-from fastai_selfattn.walls import open_mask
+from fastai_selfattn.seeing.callbacks import AttentionMapLogger, GammaLogger
+from fastai_selfattn.attention.layers import SelfAttention
+from fastai_selfattn.seeing.record import AttentionRecorder, pictures as shown, receptive_field
+from fastai_selfattn.attention.kinds import attention_layers
+from fastai_selfattn.walls.rooms import make_rooms
+from fastai_selfattn.walls.train import open_mask
 
 SIZE, POINTS = (30, 42), [(0, 41), (29, 0), (13, 31), (7, 7)]
 
