@@ -31,6 +31,11 @@ def copy_project(dest):
         shutil.copy2(root/f, dest/f)
     return dest
 
+def pytest_make_parametrize_id(config, val, argname):
+    "Functions and classes by their names: an address in memory would differ between the processes of pytest-xdist"
+    if hasattr(val, 'func'): val = val.func     # `functools.partial`
+    return getattr(val, '__name__', None) if callable(val) else None
+
 @pytest.fixture
 def checkout(tmp_path):
     "A copy of the project to run tools in"

@@ -314,7 +314,7 @@ def test_a_new_layer_is_normalised_from_the_start():
 
 
 @pytest.mark.parametrize('layer,args', [(SelfAttention, dict(reduction=4, heads=2)), (PooledSelfAttention2d, dict(pool=3)), (PaperSelfAttention, {}), (SimpleSelfAttention, {}), (partial(SelfAttention, reduction=4, heads=2), {}),
-                                        (fastai.layers.SelfAttention, {}), (lambda c: nn.Sequential(nn.Conv2d(c, c, 1), nn.ReLU()), {})], ids=str)
+                                        (fastai.layers.SelfAttention, {}), (lambda c: nn.Sequential(nn.Conv2d(c, c, 1), nn.ReLU()), {})])
 def test_any_layer(layer, args):
     model = plain()
     names = insert_attention(model, ['block', 'down'], layer=layer, size=SIZE, **args)
@@ -332,7 +332,7 @@ def wants_64(c): return nn.Conv2d(64, 64, 1)
 
 @pytest.mark.parametrize('layer,args,says', [(not_a_module, {}, 'it gave a int, not a module'), (too_few, {}, r'it makes \(1, 23, 4, 4\) out of \(1, 24, 4, 4\)'), (smaller, {}, r'it makes \(1, 24, 2, 2\)'),
                                              (pair, {}, 'LSTM|tuple|RuntimeError|pair'), (wants_64, {}, 'wants_64 does not fit at stem .24 channels, map 16x20.: RuntimeError'),
-                                             (SelfAttention, dict(heads=2), '`heads=2` must divide'), (SelfAttention, dict(colour='red'), 'TypeError: .*colour'), (SelfAttention, dict(reduction=0), '`reduction` must be 1 or more')], ids=str)
+                                             (SelfAttention, dict(heads=2), '`heads=2` must divide'), (SelfAttention, dict(colour='red'), 'TypeError: .*colour'), (SelfAttention, dict(reduction=0), '`reduction` must be 1 or more')])
 @pytest.mark.parametrize('how', ['append', 'replace'])
 def test_a_layer_that_does_not_fit(layer, args, says, how):
     model = plain() if how == 'append' else nn.Sequential(nn.Conv2d(3, 24, 3, 2, 1), nn.Conv2d(24, 24, 3, 1, 1))
@@ -366,14 +366,14 @@ def test_layer_must_be_a_class(layer):
 @pytest.mark.parametrize('where,max_side,want', [
     (True, None, ['layers.5.conv2.2']), ('middle', None, ['layers.3.2']), ('decoder.[02]', None, ['layers.4.conv2.2', 'layers.6.conv2.2']), ('layers.6', None, ['layers.6.attention']),
     ('layers.0.*.1.conv2', None, [f'layers.0.{i}.1.conv2.attention' for i in (4, 5, 6, 7)]), (['middle', True, 'encoder.1'], None, ['layers.3.2', 'layers.5.conv2.2', 'layers.0.4.2']),
-    (None, 3, ['layers.0.6.2', 'layers.4.conv2.2']), ('decoder.*', 5, ['layers.4.conv2.2', 'layers.5.conv2.2']), (lambda s: s.channels == 128, None, ['layers.0.5.2'])], ids=str)
+    (None, 3, ['layers.0.6.2', 'layers.4.conv2.2']), ('decoder.*', 5, ['layers.4.conv2.2', 'layers.5.conv2.2']), (lambda s: s.channels == 128, None, ['layers.0.5.2'])])
 def test_where(where, max_side, want):
     model = unet()
     assert insert_attention(model, where, max_side=max_side, size=(32, 32) if max_side == 3 else SIZE) == want and set(inserted_layers(model)) == set(want)
 
 
 @pytest.mark.parametrize('where,error,says', [('decoder.7', ValueError, 'no site matches .decoder.7.'), (['middle', 'nothing.*'], ValueError, 'no site matches .nothing'), (lambda s: False, ValueError, 'no site matches'),
-                                              (3, TypeError, '`where` must be'), (None, ValueError, 'give `where` or `max_side`'), ([], TypeError, '`where` must be'), (False, TypeError, '`where` must be')], ids=str)
+                                              (3, TypeError, '`where` must be'), (None, ValueError, 'give `where` or `max_side`'), ([], TypeError, '`where` must be'), (False, TypeError, '`where` must be')])
 def test_where_that_means_nothing_shows_the_table(where, error, says):
     model = unet()
     before = tree(model)
@@ -471,7 +471,7 @@ def test_more_that_attention_cannot_replace():
 
 # --- out again
 
-@pytest.mark.parametrize('where,gone', [('middle', 1), ('layers.3', 1), ('layers.3.2', 1), ('decoder.*', 2), (['middle', True], 2), (lambda s: s.channels < 100, 1), (None, 4)], ids=str)
+@pytest.mark.parametrize('where,gone', [('middle', 1), ('layers.3', 1), ('layers.3.2', 1), ('decoder.*', 2), (['middle', True], 2), (lambda s: s.channels < 100, 1), (None, 4)])
 def test_remove_where(where, gone):
     model = unet()
     names = insert_attention(model, ['middle', 'encoder.1', 'decoder.1', 'decoder.2'], size=SIZE)
@@ -665,7 +665,7 @@ def test_freeze_unfreeze_freeze_to():
         assert trained() == want and all(p.requires_grad for p in own(learn))
 
 
-@pytest.mark.parametrize('lr,want', [(slice(1e-4, 1e-2), [1e-4, 1e-3, 1e-2]), (slice(1e-2), [1e-3, 1e-3, 1e-2]), ([1e-4, 2e-4, 3e-4], [1e-4, 2e-4, 3e-4])], ids=str)
+@pytest.mark.parametrize('lr,want', [(slice(1e-4, 1e-2), [1e-4, 1e-3, 1e-2]), (slice(1e-2), [1e-3, 1e-3, 1e-2]), ([1e-4, 2e-4, 3e-4], [1e-4, 2e-4, 3e-4])])
 def test_learning_rates_of_groups(lr, want):
     learn = make(splitter=split)
     learn.insert_attention('1')

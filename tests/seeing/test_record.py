@@ -31,8 +31,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from fastai_selfattn.placement.insert import insert_attention
 from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention
 from fastai_selfattn.attention.ops import AttentionStats
-from fastai_selfattn.seeing.record import (AttentionRecorder, _cells, attention_layers, attention_off, bare_model, change_share, choose_layers, has_map, pictures,
-                                    receptive_field)
+from fastai_selfattn.attention.kinds import attention_layers, attention_off, choose_layers, has_map
+from fastai_selfattn.quiet import bare_model
+from fastai_selfattn.seeing.record import AttentionRecorder, _cells, change_share, pictures, receptive_field
 from fastai_selfattn.placement.unet import create_unet_model
 
 SIZES = {1: (42,), 2: (30, 42), 3: (6, 18, 30)}     # maps of a half and of a sixth of each side
