@@ -17,18 +17,26 @@ from fastcore.basics import patch
 from matplotlib.axes import Axes
 from torch import nn
 
-from .seeing import plot
+from .attention.kinds import AttentionStatus, attention_status as _attention_status
+from .seeing import chart, plot
+from .seeing.gamma_logger import GammaLogger
+from .seeing.map_logger import AttentionMapLogger
 from .placement.insert import insert_attention as _insert_attention, remove_attention as _remove_attention
 from .attention.layers import SelfAttention
 from .quiet import eval_mode
-from .seeing.record import AttentionRecorder, pictures, receptive_field
+from .seeing.field import receptive_field
+from .seeing.pictures import pictures
+from .seeing.record import AttentionRecorder
 from .placement.sites import Site, Sites, attention_sites as _attention_sites
 from .placement.upgrade import Upgrade, upgrade_attention as _upgrade_attention
 
 # %% ../nbs/api/learner.ipynb #1ce3bffd
-def _logger(learn, name, cls):
-    if not hasattr(learn, name): raise ValueError(f"this Learner has no `{cls}`: make it with `cbs={cls}()`, or call `learn.add_cb({cls}())`, and train")
-    return getattr(learn, name)
+def _logger(learn, cls):
+    "The callback of class `cls` in `learn`"
+    found = next((cb for cb in learn.cbs if isinstance(cb, cls)), None)
+    if found: return found
+    name = cls.__name__
+    raise ValueError(f"this Learner has no `{name}`: make it with `cbs={name}()`, or call `learn.add_cb({name}())`, and train first")
 
 @patch
 def plot_gamma(self:Learner,
@@ -36,48 +44,49 @@ def plot_gamma(self:Learner,
     what:str='gamma', # or its gradient 'grad', or 'change', the share of the features that attention changes
 )->Axes:
     "Draw gamma of each attention layer over the training steps that a `GammaLogger` saw; `ValueError` without one or before training"
-    return plot.plot_gamma(_logger(self, 'gamma_logger', 'GammaLogger').history, ax, what)
+    return chart.plot_gamma(_logger(self, GammaLogger).history, ax, what)
 
 @patch
 def plot_attention_stats(self:Learner,
     ax:Sequence[Axes]=None, # two axes, a new figure if None
 )->np.ndarray: # the two axes
     "Draw entropy and distance of attention in each layer over the epochs that an `AttentionMapLogger` saw; `ValueError` without one or before training"
-    return plot.plot_attention_stats(_logger(self, 'attention_map_logger', 'AttentionMapLogger').stats, ax)
+    return chart.plot_attention_stats(_logger(self, AttentionMapLogger).stats, ax)
 
 # %% ../nbs/api/learner.ipynb #cb6f903f
 def _default_points(h, w): return [(h//4, w//4), (h//2, w//2), (3*h//4, 3*w//4)]
 
 @patch
 def show_attention(self:Learner,
-    items:Sequence=None, # pictures as the Learner's pipeline takes them, such as file names; the first `n` of the validation set if None
+    items:Sequence=None, # pictures as the Learner's pipeline takes them, such as file names; the first of the validation set if None
     points:Sequence[tuple[int,int]]|str|int=None, # query pixels, (row, col) in pixels of the model's input, or as `AttentionRecorder` takes them; three on the diagonal if None
-    n:int=3, # how many of the validation set, if no `items` are given
-    size:float=2., # height of a picture in inches
+    max_n:int=3, # how many of the validation set, if no `items` are given
+    imsize:float=2., # height of a picture in inches
     layers:str|Sequence[str]=None, # names or patterns of layers; all if None
     scale:str|float='layer', # a colour scale for each 'layer', one for 'all', or the top of one for all, in averages
     ax:Axes|np.ndarray=None, # axes in the shape that is returned, or an `Axes` for one map; a new figure if None
 )->np.ndarray: # the axes, a row for each picture and attention layer, a column for the picture and each point
     "Draw what query pixels attend to in the attention layers; `ValueError` as `AttentionRecorder` and `plot.show_attention`"
-    p = pictures(self, items, n)
+    p = pictures(self, items, max_n)
     points = _default_points(*p.x.shape[-2:]) if points is None else points
     with torch.no_grad(), eval_mode(self.model) as model, AttentionRecorder(model, points, layers, stats=False) as rec: model(p.x)
-    return plot.show_attention(p.images, rec.maps, rec.points, titles=p.names, gammas=rec.gammas, pools=rec.pools, scale=scale, ax=ax, size=size)
+    given = dict(titles=p.names, gammas=rec.gammas, pools=rec.pools)
+    return plot.show_attention(p.images, rec.maps, rec.points, scale=scale, ax=ax, imsize=imsize, **given)
 
 # %% ../nbs/api/learner.ipynb #3dd1d6cf
 @patch
 def show_receptive_field(self:Learner,
-    items:Sequence=None, # pictures as the Learner's pipeline takes them; the first `n` of the validation set if None
+    items:Sequence=None, # pictures as the Learner's pipeline takes them; the first of the validation set if None
     point:tuple[int,int]=None, # the output pixel, by (row, col) in pixels of the model's input; the middle if None
-    n:int=3, # how many of the validation set, if no `items` are given
+    max_n:int=3, # how many of the validation set, if no `items` are given
     channel:int=None, # of the output; the largest at that pixel, picture by picture, if None
     module:str=None, # path of a module whose output is looked at, for models whose output is no map
     ax:Sequence[Axes]=None, # two axes, a new figure if None
-    size:float=3., # height of a picture in inches
+    imsize:float=3., # height of a picture in inches
 )->np.ndarray: # the two axes
     "Draw the effective receptive field of an output pixel without and with attention over the first picture; `ValueError` as `record.receptive_field`"
-    p = pictures(self, items, n)
-    return plot.show_receptive_field(p.images[0], receptive_field(self.model, p.x, point, channel, module), ax, size)
+    p = pictures(self, items, max_n)
+    return plot.show_receptive_field(p.images[0], receptive_field(self.model, p.x, point, channel, module), ax, imsize)
 
 # %% ../nbs/api/learner.ipynb #25b2eb82
 @patch
@@ -106,6 +115,11 @@ def remove_attention(self:Learner,
 )->list[str]: # paths of the layers that were taken out
     "`insert.remove_attention` from this Learner's model and optimizer"
     return _remove_attention(self, where, max_side)
+
+@patch
+def attention_status(self:Learner)->AttentionStatus: # a table that prints and displays
+    "`kinds.attention_status` of this Learner's model"
+    return _attention_status(self)
 
 @patch
 def upgrade_attention(self:Learner)->Upgrade: # what was changed and what was left alone

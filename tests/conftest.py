@@ -1,4 +1,4 @@
-import os, shutil, subprocess, sys
+import os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from torch.profiler import ProfilerActivity, profile
@@ -31,10 +31,9 @@ def copy_project(dest):
         shutil.copy2(root/f, dest/f)
     return dest
 
-def pytest_make_parametrize_id(config, val, argname):
-    "Functions and classes by their names: an address in memory would differ between the processes of pytest-xdist"
-    if hasattr(val, 'func'): val = val.func     # `functools.partial`
-    return getattr(val, '__name__', None) if callable(val) else None
+def named(value):
+    "The id of a parameter, without addresses in memory, which would differ between the processes of pytest-xdist"
+    return re.sub(r' at 0x[0-9a-f]+', '', str(value))
 
 @pytest.fixture
 def checkout(tmp_path):

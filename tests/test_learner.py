@@ -4,6 +4,7 @@ import importlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from conftest import named
 import torch
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import FuncSplitter, Normalize, get_image_files
@@ -19,7 +20,8 @@ from torch.nn import functional as F
 
 import fastai_selfattn.all as everything
 from fastai_selfattn import learner as learner_module
-from fastai_selfattn.seeing.callbacks import AttentionMapLogger, GammaLogger
+from fastai_selfattn.seeing.gamma_logger import GammaLogger
+from fastai_selfattn.seeing.map_logger import AttentionMapLogger
 from fastai_selfattn.attention.layers import SelfAttention
 from fastai_selfattn.seeing.record import AttentionRecorder, pictures as shown, receptive_field
 from fastai_selfattn.attention.kinds import attention_layers
@@ -96,10 +98,10 @@ def test_plot_gamma_without_logger_or_training(rooms):
 
 # --- show_attention
 
-@pytest.mark.parametrize('n,points', [(3, POINTS), (2, POINTS[:1]), (1, None)], ids=str)
+@pytest.mark.parametrize('n,points', [(3, POINTS), (2, POINTS[:1]), (1, None)], ids=named)
 def test_maps_are_those_of_a_recorder_on_the_same_batch(rooms, n, points):
     learn = fit(make(rooms))
-    axs = learn.show_attention(n=n, points=points)
+    axs = learn.show_attention(max_n=n, points=points)
     placed = points or [(7, 10), (15, 21), (22, 31)]
     assert axs.shape == (2 * n, len(placed) + 1) and len(plt.get_fignums()) == 1
     x = torch.stack([torch.tensor(pixels(f)).permute(2, 0, 1) for f in learn.dls.valid_ds.items[:n]])
@@ -118,7 +120,7 @@ def test_maps_are_those_of_a_recorder_on_the_same_batch(rooms, n, points):
 
 
 @pytest.mark.parametrize('tfms', [None, [], [Normalize.from_stats(*imagenet_stats)]], ids=['augmented', 'plain', 'normalised'])
-@pytest.mark.parametrize('size', [None, (18, 24)], ids=str)
+@pytest.mark.parametrize('size', [None, (18, 24)], ids=named)
 def test_the_picture_shown_is_that_of_the_file(rooms, tfms, size):
     learn = make(rooms, batch_tfms=tfms, size=size)
     files = learn.dls.train_ds.items[1:3]
@@ -137,12 +139,12 @@ def test_the_picture_shown_is_that_of_the_file(rooms, tfms, size):
 def test_ways_to_give_pictures(rooms, given):
     learn = make(rooms)
     files = list(learn.dls.valid_ds.items[:2])
-    for a, b in zip(maps(learn.show_attention(given(files), points=POINTS)), maps(learn.show_attention(n=2, points=POINTS))): np.testing.assert_array_equal(a, b)
+    for a, b in zip(maps(learn.show_attention(given(files), points=POINTS)), maps(learn.show_attention(max_n=2, points=POINTS))): np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize('points', [torch.tensor(POINTS), [np.array(p).tolist() for p in POINTS], [tuple(np.array(p)) for p in POINTS]], ids=['tensor', 'lists', 'numpy'])
 def test_ways_to_give_points(rooms, points):
-    axs = make(rooms).show_attention(n=1, points=points)
+    axs = make(rooms).show_attention(max_n=1, points=points)
     assert [ax.get_title() for ax in axs[0, 1:]] == [f'{i}: pixel {p}' for i, p in enumerate(POINTS)]
 
 
@@ -152,18 +154,18 @@ def test_the_same_whatever_the_random_state_and_mode(rooms):
     for seed, train in ((1, True), (2, False), (3, True)):
         set_seed(seed)
         learn.model.train(train)
-        drawn.append(maps(learn.show_attention(n=2, points=POINTS)))
+        drawn.append(maps(learn.show_attention(max_n=2, points=POINTS)))
     for other in drawn[1:]:
         for a, b in zip(drawn[0], other): np.testing.assert_array_equal(a, b)
 
 
 def off_image(learn): learn.show_attention(points=[(0, 42)])
 def no_points(learn): learn.show_attention(points=[])
-def works(learn): learn.show_attention(n=1)
+def works(learn): learn.show_attention(max_n=1)
 def missing_file(learn): learn.show_attention(['missing.png'])
 def fails_in_forward(learn):
     learn.model.head = nn.Conv2d(5, 2, 1)
-    learn.show_attention(n=1)
+    learn.show_attention(max_n=1)
 
 @pytest.mark.parametrize('act,error', [(works, None), (off_image, ValueError), (no_points, ValueError), (missing_file, FileNotFoundError), (fails_in_forward, RuntimeError)])
 @pytest.mark.parametrize('trained', [True, False])
@@ -191,7 +193,7 @@ def test_points_off_the_picture_are_named_with_its_size(rooms):
 
 def test_no_pictures_and_no_attention(rooms):
     learn = make(rooms)
-    for kwargs in (dict(items=[]), dict(n=0)):
+    for kwargs in (dict(items=[]), dict(max_n=0)):
         with pytest.raises(ValueError, match='no pictures to show'): learn.show_attention(**kwargs)
     learn.model = nn.Conv2d(3, 2, 1)
     with pytest.raises(ValueError, match='no attention layer of this package or of fastai in this Conv2d'): learn.show_attention()
@@ -211,7 +213,7 @@ def test_after_export_on_files(rooms, tmp_path):
 def test_a_classifier_and_one_picture(rooms):
     block = DataBlock((ImageBlock, CategoryBlock), get_items=pictures, get_y=lambda f: int(f.stem[-1]) % 2, splitter=FuncSplitter(held_out))
     model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), SelfAttention(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
-    axs = Learner(block.dataloaders(rooms, bs=2, num_workers=0), model, loss_func=nn.CrossEntropyLoss()).show_attention(n=1, size=1.5)
+    axs = Learner(block.dataloaders(rooms, bs=2, num_workers=0), model, loss_func=nn.CrossEntropyLoss()).show_attention(max_n=1, imsize=1.5)
     assert axs.shape == (1, 4) and 'layer 1, gamma 0' in ' '.join(t.get_text() for t in axs[0, 0].texts) and axs[0, 1].images[-1].get_array().shape == (15, 21)
 
 
@@ -257,9 +259,9 @@ def test_receptive_field_is_that_of_the_pictures(rooms):
     learn = fit(make(rooms))
     learn.model.train()
     before, mode = {k: v.clone() for k, v in learn.model.state_dict().items()}, modes(learn)
-    axs = learn.show_receptive_field(n=2, point=(13, 31))
+    axs = learn.show_receptive_field(max_n=2, point=(13, 31))
     assert axs.shape == (2,) and modes(learn) == mode and all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
-    field = receptive_field(learn.model, shown(learn, n=2).x, (13, 31))
+    field = receptive_field(learn.model, shown(learn, max_n=2).x, (13, 31))
     for ax, area in zip(axs, (field.area_off, field.area_on)):
         assert f'{100 * area:.2g} %' in ax.get_title() or f'{100 * area:.0f} %' in ax.get_title()
         assert ax.lines[-1].get_xydata().tolist() == [[31, 13]]
@@ -267,7 +269,7 @@ def test_receptive_field_is_that_of_the_pictures(rooms):
 
 
 def test_attention_stats_are_those_of_the_logger(rooms):
-    learn = make(rooms, logger := AttentionMapLogger(n=2))
+    learn = make(rooms, logger := AttentionMapLogger(max_n=2))
     with pytest.raises(ValueError, match='no epochs|must have'): learn.plot_attention_stats()
     axs = fit(learn, 2).plot_attention_stats()
     for ax, column in zip(axs, ('entropy_share', 'distance')):
@@ -285,10 +287,10 @@ def test_plot_gamma_draws_what_is_asked_for(rooms):
 
 def test_layers_scale_and_axes_go_to_the_drawing(rooms):
     learn = fit(make(rooms))
-    axs = learn.show_attention(n=2, points=POINTS[:2], layers='body.5')
+    axs = learn.show_attention(max_n=2, points=POINTS[:2], layers='body.5')
     assert axs.shape == (2, 3)
-    assert {ax.images[-1].get_clim() for row in learn.show_attention(n=2, points=POINTS, scale=7.)[:, 1:] for ax in row} == {(0, 7)}
+    assert {ax.images[-1].get_clim() for row in learn.show_attention(max_n=2, points=POINTS, scale=7.)[:, 1:] for ax in row} == {(0, 7)}
     ax = plt.figure().gca()
     before = plt.get_fignums()
-    learn.show_attention(n=1, points='center', layers='body.5', ax=ax)
+    learn.show_attention(max_n=1, points='center', layers='body.5', ax=ax)
     assert plt.get_fignums() == before and ax.lines[-1].get_xydata().tolist() == [[21, 15]]

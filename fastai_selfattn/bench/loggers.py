@@ -21,7 +21,8 @@ import torch
 from fastai.torch_core import set_seed
 
 from .layers import circumstances
-from ..seeing.callbacks import AttentionMapLogger, GammaLogger
+from ..seeing.gamma_logger import GammaLogger
+from ..seeing.map_logger import AttentionMapLogger
 from ..walls.rooms import make_rooms
 from ..walls.train import split_walls, wall_dls, wall_items, wall_learner
 

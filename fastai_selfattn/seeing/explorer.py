@@ -26,7 +26,8 @@ from fastai.learner import Learner
 from torch import nn
 
 from ..quiet import eval_mode
-from .record import AttentionRecorder, pictures
+from .pictures import pictures
+from .record import AttentionRecorder
 
 # %% ../../nbs/api/seeing/explorer.ipynb #82382fed
 def _rounded(t):
@@ -50,14 +51,18 @@ def _number(x): return float(x) if math.isfinite(x) else None     # JSON has no 
 def _layer(rec, name, label):
     "What the page knows of a layer, and the largest difference that rounding made in a weight, in units of an average one too"
     q,k = rec.queries[name],rec.keys[name]
-    if q.dim() != 5: raise ValueError(f"layer {name} of {label!r} sees a {q.dim()-3}d map: an explorer shows 2d maps, so leave the layer out with `layers`")
-    (heads,*size,d),keys,views,off = q.shape[1:],k.shape[2:4],[],0.
+    if q.dim() != 5:
+        raise ValueError(f"layer {name} of {label!r} sees a {q.dim()-3}d map: an explorer shows 2d maps, so leave the layer out with `layers`")
+    (heads,*size,d),keys = q.shape[1:],k.shape[2:4]
+    views,off = [],0.
     for i,(qi,ki) in enumerate(zip(q.flatten(2, 3), k.flatten(2, 3))):
-        if not (qi.isfinite().all() and ki.isfinite().all()): raise ValueError(f"layer {name} of {label!r} has query or key vectors that are not finite on picture {i+1}: train with a lower rate, or leave the layer out with `layers`")
+        if not (qi.isfinite().all() and ki.isfinite().all()):
+            raise ValueError(f"layer {name} of {label!r} has query or key vectors that are not finite on picture {i+1}: "
+                             "train with a lower rate, or leave the layer out with `layers`")
         (q16,q_scale),(k16,k_scale) = _rounded(qi),_rounded(ki)
         off = max(off, _off(qi, ki, q16, k16, q_scale*k_scale))
         views.append(dict(scale=q_scale*k_scale, queries=_base64(q16), keys=_base64(k16)))
-    return dict(name=name, heads=heads, d=d, map=list(size), keys=list(keys), pool=rec.pools[name], gamma=_number(rec.gammas[name]),
+    return dict(name=name, heads=heads, d=d, map=list(size), keys=list(keys), pool=rec.pools[name], gamma=_number(rec.gammas.get(name, math.nan)),
                 changes=[_number(c) for c in rec.changes[name].tolist()], pictures=views),off,off*math.prod(keys)
 
 def _model(model, label, x, layers):
@@ -66,7 +71,7 @@ def _model(model, label, x, layers):
     try: recorder = AttentionRecorder(model, points=None, layers=layers, stats=False, vectors=True)
     except ValueError as e: raise ValueError(f"{label!r}: {e}") from None
     with torch.no_grad(), eval_mode(model), recorder as rec: model(x)
-    if not rec.queries: raise ValueError(f"no attention layer of {label!r} ran with a softmax, so there is no map to show")
+    if not rec.queries: raise ValueError(f"no attention layer of {label!r} ran with a softmax of query and key vectors, so there is no map to show")
     found,*offs = zip(*(_layer(rec, name, label) for name in rec.queries))
     return dict(label=label, layers=found),*map(max, offs)
 
@@ -94,6 +99,12 @@ def _data(page):
     return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page)[1])
 
 # %% ../../nbs/api/seeing/explorer.ipynb #f39c76a5
+_mark = b'<meta name="generator" content="fastai_selfattn explorer">'     # stands in the head of every page
+
+def _is_ours(path):
+    "Whether an explorer wrote the file, so that running a notebook again may replace it"
+    with path.open('rb') as f: return _mark in f.read(2000)
+
 def _target(fname, overwrite):
     "`fname` as a Path that can be written to, or an error"
     if not isinstance(fname, (str,os.PathLike)): raise TypeError(f"`fname` must be the name of a file, got {type(fname).__name__}")
@@ -101,7 +112,8 @@ def _target(fname, overwrite):
     if path.suffix.lower() not in ('.html','.htm'): raise ValueError(f"`fname` must end in .html, so that a browser opens it; got {str(path)!r}")
     if not path.parent.is_dir(): raise ValueError(f"no folder {path.parent} to write {path.name} into: make it first")
     if path.is_dir(): raise ValueError(f"{path} is a folder: choose another name")
-    if path.exists() and not overwrite: raise ValueError(f"{path} exists: use `overwrite=True` to replace it, or choose another name")
+    if path.exists() and not overwrite and not _is_ours(path):
+        raise ValueError(f"{path} exists, and no explorer wrote it: use `overwrite=True` to replace it, or choose another name")
     return path
 
 def _write(path, text):
@@ -124,13 +136,17 @@ class Explorer:
 
     def _repr_html_(self):
         if not self.path.exists(): return None
-        return f'<iframe title="What attention sees" sandbox="allow-scripts" style="width:100%;height:900px;border:1px solid #8886;border-radius:8px" srcdoc="{html.escape(self.path.read_text(encoding="utf-8"))}"></iframe>'
+        style = 'width:100%;height:900px;border:1px solid #8886;border-radius:8px'
+        page = html.escape(self.path.read_text(encoding='utf-8'))
+        return f'<iframe title="What attention sees" sandbox="allow-scripts" style="{style}" srcdoc="{page}"></iframe>'
 
 # %% ../../nbs/api/seeing/explorer.ipynb #551fdf2f
 def _named_models(learn, label, others):
     "Label -> model of all that the page shows, or an error"
-    if not isinstance(learn, Learner): raise TypeError(f"`learn` must be a Learner, got {type(learn).__name__}: its pipeline prepares the pictures; further models go into `others`")
-    if others is not None and not isinstance(others, dict): raise TypeError(f"`others` must be a dict, label -> model or Learner, got {type(others).__name__}")
+    if not isinstance(learn, Learner):
+        raise TypeError(f"`learn` must be a Learner, got {type(learn).__name__}: its pipeline prepares the pictures; further models go into `others`")
+    if others is not None and not isinstance(others, dict):
+        raise TypeError(f"`others` must be a dict, label -> model or Learner, got {type(others).__name__}")
     res = {label:learn.model}
     for other,m in (others or {}).items():
         if other == label: raise ValueError(f"two models have the label {label!r}: give the Learner's own another one with `label`")
@@ -140,26 +156,29 @@ def _named_models(learn, label, others):
         if not isinstance(m, nn.Module): raise TypeError(f"the model {l!r} must be an nn.Module or a Learner, got {type(m).__name__}")
     return res
 
+# %% ../../nbs/api/seeing/explorer.ipynb #c6490e1e
+_exact = ("How exact is this? The file holds each cell’s query and key vector, rounded to 16-bit whole numbers, and this page computes weights and "
+          "statistics from them in double precision. Compared with unrounded vectors, on up to 64 query pixels of each map, the largest difference in "
+          "a weight was {off:.1g}, which is {share:.1g} on the colour scale. The models saw {h}×{w} pixels; the pictures here are compressed, for drawing only.")
+
 def attention_explorer(
     learn:Learner, # its model is shown, its pipeline prepares the pictures
-    items:Sequence=None, # pictures as the Learner's pipeline takes them, such as file names; the first `n` of the validation set if None
+    items:Sequence=None, # pictures as the Learner's pipeline takes them, such as file names; the first of the validation set if None
     fname:str|os.PathLike='attention.html', # file to write, in a folder that exists
     layers:str|Sequence[str]=None, # names or shell patterns of layers, looked up in each model; all if None
     others:dict[str,nn.Module|Learner]=None, # label -> further model for the same pictures, such as a copy from before training
     label:str='model', # what to call the Learner's own model
-    n:int=4, # how many of the validation set, if no `items` are given
+    max_n:int=4, # how many of the validation set, if no `items` are given
     title:str='What attention sees', # of the page
-    overwrite:bool=False, # replace `fname` if it exists
+    overwrite:bool=False, # replace `fname` also if it is no page that an explorer wrote
 )->Explorer: # a path, and live in a notebook
     "Write one HTML file, for any browser and without network, that shows what the query pixel under a click attends to; `ValueError`/`TypeError` before anything is written"
     models,path = _named_models(learn, label, others),_target(fname, overwrite)
     if not isinstance(title, str): raise TypeError(f"`title` must be a str, got {type(title).__name__}")
-    x,images,_,names = pictures(learn, items, n)
+    x,images,_,names = pictures(learn, items, max_n)
     h,w = x.shape[-2:]
     shown,off,shares = zip(*(_model(m, l, x, layers) for l,m in models.items()))
-    exact = (f"How exact is this? The file holds each cell’s query and key vector, rounded to 16-bit whole numbers, and this page computes weights and statistics from them in double precision. "
-             f"Compared with unrounded vectors, on up to 64 query pixels of each map, the largest difference in a weight was {max(off):.1g}, which is {max(shares):.1g} on the colour scale. "
-             f"The models saw {h}×{w} pixels; the pictures here are compressed, for drawing only.")
-    data = dict(title=title, exact=exact, models=shown, pictures=[dict(name=name, h=h, w=w, src=_data_uri(im)) for name,im in zip(names, images)])
+    views = [dict(name=name, h=h, w=w, src=_data_uri(im)) for name,im in zip(names, images)]
+    data = dict(title=title, exact=_exact.format(off=max(off), share=max(shares), h=h, w=w), models=shown, pictures=views)
     _write(path, _page(title, data))
     return Explorer(path, max(off))

@@ -9,7 +9,6 @@ __all__ = ['AttentionInterpretation']
 
 # %% ../../nbs/api/seeing/interpret.ipynb #7e5d6abd
 from collections.abc import Sequence
-from numbers import Integral
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,9 +21,10 @@ from fastai.torch_core import to_device
 from fastcore.basics import patch
 
 from .plot import plot_attention
-from .record import AttentionRecorder, pictures
+from .pictures import pictures
+from .record import AttentionRecorder
 from ..attention.kinds import attention_off
-from ..quiet import eval_mode, random_kept
+from ..quiet import check_whole, eval_mode, random_kept
 
 # %% ../../nbs/api/seeing/interpret.ipynb #90612173
 class _Collect(Callback):
@@ -36,10 +36,12 @@ class _Collect(Callback):
             n,(h,w) = len(s.distance),self.rec.sizes[name]
             far,sharp = s.distance.flatten(1).argmax(1),s.entropy.flatten(1).argmin(1)
             for i in range(n):
-                self.rows.append(dict(picture=self.n+i, layer=name, change=self.rec.changes[name][i].item(), **{k:t[i].mean().item() for k,t in s._asdict().items()},
-                                      farthest=divmod(far[i].item(), w), sharpest=divmod(sharp[i].item(), w), cells=(h,w)))
+                means = {k:t[i].mean().item() for k,t in s._asdict().items()}
+                cells = dict(farthest=divmod(far[i].item(), w), sharpest=divmod(sharp[i].item(), w), cells=(h,w))
+                self.rows.append(dict(picture=self.n+i, layer=name, change=self.rec.changes[name][i].item(), **means, **cells))
         self.n += n
 
+# %% ../../nbs/api/seeing/interpret.ipynb #ae8dc6b7
 _orders = {'farthest':('distance',False), 'sharpest':('entropy_share',True), 'loss':('gain',False)}
 
 class AttentionInterpretation:
@@ -61,7 +63,8 @@ class AttentionInterpretation:
         with random_kept():
             dl = (learn.dls[ds_idx] if dl is None else dl).new(shuffle=False, drop_last=False)
             if not len(dl): raise ValueError("no pictures: this data set is empty, as in a Learner that was exported; give `dl`")
-            def losses(*cbs): return learn.get_preds(dl=dl, with_loss=True, with_preds=False, with_targs=False, reorder=False, cbs=list(cbs))[-1]
+            def losses(*cbs):
+                return learn.get_preds(dl=dl, with_loss=True, with_preds=False, with_targs=False, reorder=False, cbs=list(cbs))[-1]
             with eval_mode(learn.model) as model:
                 with AttentionRecorder(model, None, layers) as rec: on = losses(collect := _Collect(rec))
                 with attention_off(model, layers): off = losses()
@@ -72,23 +75,29 @@ class AttentionInterpretation:
         df.insert(4, 'gain', df.loss_off-df.loss)
         return cls(learn, dl, df)
 
-    def top(self,
-        by:str='loss', # 'farthest': largest mean distance; 'sharpest': lowest entropy; 'loss': where the loss without attention is highest above the loss with it
-        k:int=None, # how many; all if None
-        layer:str=None, # of one layer; the first one if None
-        largest:bool=True, # False for the other end
-    )->pd.DataFrame: # a row a picture; `picture` is its index in the data set
-        "Pictures in the order of what attention does in them; `ValueError` for another `by` or `layer`"
-        if by not in _orders: raise ValueError(f"`by` must be one of {', '.join(_orders)}; got {by!r}")
-        if k is not None and (isinstance(k, bool) or not isinstance(k, Integral) or k < 1): raise ValueError(f"`k` must be 1 or more, got {k!r}")
-        names = list(self.df.layer.unique())
-        layer = names[0] if layer is None else layer
-        if layer not in names: raise ValueError(f"no attention layer {layer!r}: there are {', '.join(names)}")
-        column,ascending = _orders[by]
-        df = self.df[self.df.layer == layer].sort_values(column, ascending=ascending == largest, kind='stable')
-        return df if k is None else df.head(k)
+# %% ../../nbs/api/seeing/interpret.ipynb #2fc19a09
+@patch
+def top(self:AttentionInterpretation,
+    by:str='loss', # 'farthest': largest mean distance; 'sharpest': lowest entropy; 'loss': where the loss without attention is highest above the loss with it
+    k:int=None, # how many; all if None
+    layer:str=None, # of one layer; the first one if None
+    largest:bool=True, # False for the other end
+)->pd.DataFrame: # a row a picture; `picture` is its index in the data set
+    "Pictures in the order of what attention does in them; `ValueError` for another `by` or `layer`"
+    if by not in _orders: raise ValueError(f"`by` must be one of {', '.join(_orders)}; got {by!r}")
+    if k is not None: k, = check_whole(k=k)
+    names = list(self.df.layer.unique())
+    layer = names[0] if layer is None else layer
+    if layer not in names: raise ValueError(f"no attention layer {layer!r}: there are {', '.join(names)}")
+    column,ascending = _orders[by]
+    df = self.df[self.df.layer == layer].sort_values(column, ascending=ascending == largest, kind='stable')
+    return df if k is None else df.head(k)
 
 # %% ../../nbs/api/seeing/interpret.ipynb #eb08ae38
+def _new_axes(n_rows, ratio, imsize):
+    figsize = min(7, 2*imsize*ratio+1),(imsize+.25)*n_rows
+    return plt.subplots(n_rows, 2, figsize=figsize, squeeze=False, layout='constrained')[1]
+
 @patch
 def plot_top(self:AttentionInterpretation,
     by:str='loss', # as in `top`; the query pixel is the sharpest for 'sharpest', else the one that looks farthest
@@ -96,24 +105,28 @@ def plot_top(self:AttentionInterpretation,
     layer:str=None, # of one layer; the first one if None
     largest:bool=True, # False for the other end
     axs:np.ndarray=None, # (k, 2) axes, a new figure if None
-    size:float=2., # height of a picture in inches
+    imsize:float=2., # height of a picture in inches
 )->np.ndarray: # (k, 2) axes
     "Draw pictures in the order of what attention does in them, with the map of the most telling query pixel"
     rows = self.top(by, k, layer, largest)
     with random_kept():
-        batch = to_device(self.dl.create_batch(self.dl.before_batch([self.dl.do_item(i) for i in rows.picture])), next(self.learn.model.parameters()).device)
+        device = next(self.learn.model.parameters()).device
+        items = self.dl.before_batch([self.dl.do_item(i) for i in rows.picture])
+        batch = to_device(self.dl.create_batch(items), device)
         p = pictures(self.learn, self.dl.after_batch(batch)[0])
     h,w = p.images.shape[-2:]
-    points = [((2*r+1)*h//(2*mh), (2*c+1)*w//(2*mw)) for (r,c),(mh,mw) in zip(rows['sharpest' if by == 'sharpest' else 'farthest'], rows.cells)]
+    cells = rows['sharpest' if by == 'sharpest' else 'farthest']
+    points = [((2*r+1)*h//(2*mh), (2*c+1)*w//(2*mw)) for (r,c),(mh,mw) in zip(cells, rows.cells)]
     name = rows.layer.iloc[0]
     with torch.no_grad(), eval_mode(self.learn.model) as model, AttentionRecorder(model, points, name, stats=False) as rec: model(p.x)
     maps = [rec.maps[name][i,i] for i in range(len(rows))]
     vmax = max(2., *(m.max().item()*m.numel() for m in maps))
-    if axs is None: axs = plt.subplots(len(rows), 2, figsize=(min(7, 2*size*w/h+1), (size+.25)*len(rows)), squeeze=False, layout='constrained')[1]
+    if axs is None: axs = _new_axes(len(rows), w/h, imsize)
     for (left,right),image,m,point,row in zip(axs, p.images, maps, points, rows.itertuples()):
         left.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
         left.set_axis_off()
         left.set_title(f'picture {row.picture}, loss {row.loss:.3g},\nwithout attention {row.gain:+.2g}', fontsize=9)
-        plot_attention(image, m, point, right, vmax=vmax).set_title(f'pixel {point}, distance {row.distance:.3g},\nentropy {row.entropy_share:.0%} of the most', fontsize=9)
+        title = f'pixel {point}, distance {row.distance:.3g},\nentropy {row.entropy_share:.0%} of the most'
+        plot_attention(image, m, point, right, vmax=vmax).set_title(title, fontsize=9)
     right.figure.colorbar(right.images[-1], ax=list(axs[:,1]), label='attention, 1 = average', fraction=.05)
     return axs

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import learner  # noqa: F401  gives `Learner` its `show_attention`
-from ..seeing.callbacks import GammaLogger
+from ..seeing.gamma_logger import GammaLogger
 from ..seeing.explorer import attention_explorer
 from ..attention.kinds import attention_layers
 from .rooms import make_rooms

@@ -10,7 +10,7 @@ import fastai.layers
 import numpy as np
 import pytest
 import torch
-from conftest import Largest
+from conftest import Largest, named
 from fastai.layers import NormType
 from fastai.torch_core import TensorImage, apply_init
 from hypothesis import given, settings, strategies as st
@@ -32,11 +32,11 @@ close = torch.testing.assert_close
 
 each = pytest.mark.parametrize('cls', ALL, ids=lambda c: c.__name__)
 each_softmax = pytest.mark.parametrize('cls', SOFTMAX, ids=lambda c: c.__name__)
-each_norm = pytest.mark.parametrize('norm_type', NORMS, ids=str)
+each_norm = pytest.mark.parametrize('norm_type', NORMS, ids=named)
 def takes(cls, size): return cls is not PooledSelfAttention2d or len(size) == 2
 
 FASTAI = [('SelfAttention', {}), ('PooledSelfAttention2d', {}), ('SimpleSelfAttention', {}), ('SimpleSelfAttention', dict(ks=3))]
-each_fastai = pytest.mark.parametrize('name,kwargs', FASTAI, ids=str)
+each_fastai = pytest.mark.parametrize('name,kwargs', FASTAI, ids=named)
 
 def with_gamma(layer, gamma=.7):
     nn.init.constant_(layer.gamma, gamma)
@@ -116,7 +116,7 @@ EVEN = [(2, 24, 4, 6), (1, 24, 2, 2), (3, 24, 10, 14), (1, 24, 38, 26), (2, 8, 6
 
 FASTAI_TAKES = [(n, k, s) for n, k in FASTAI for s in EVEN + SHAPES * (n != 'PooledSelfAttention2d')]      # fastai's pooled layer fails on others: see below
 
-@pytest.mark.parametrize('name,kwargs,shape', FASTAI_TAKES, ids=str)
+@pytest.mark.parametrize('name,kwargs,shape', FASTAI_TAKES, ids=named)
 @pytest.mark.parametrize('train', [True, False], ids=['train', 'eval'])
 def test_same_results_and_gradients_as_fastai(name, kwargs, shape, train):
     theirs, ours = pair(shape[1], dtype=torch.float64, name=name, **kwargs)
@@ -180,7 +180,7 @@ def test_options_default_to_what_fastai_does(cls):
     assert list(layer.gamma) == [0] and {k: v for k, v in want.items() if k != 'gamma'} == {k: getattr(layer, k) for k in want if k != 'gamma'}
 
 
-@pytest.mark.parametrize('cls,shape', [(c, s) for c in ALL for s in SHAPES if takes(c, s[2:])], ids=str)
+@pytest.mark.parametrize('cls,shape', [(c, s) for c in ALL for s in SHAPES if takes(c, s[2:])], ids=named)
 def test_identity_while_gamma_is_0(cls, shape):
     x = torch.randn(shape)
     assert torch.equal(cls(24)(x), x)
@@ -188,7 +188,7 @@ def test_identity_while_gamma_is_0(cls, shape):
 
 # right where fastai's fail
 
-@pytest.mark.parametrize('size', [(5, 7), (4, 7), (5, 6), (1, 1), (1, 2), (3, 1), (37, 31)], ids=str)
+@pytest.mark.parametrize('size', [(5, 7), (4, 7), (5, 6), (1, 1), (1, 2), (3, 1), (37, 31)], ids=named)
 @pytest.mark.parametrize('train', [True, False], ids=['train', 'eval'])
 def test_pooled_on_odd_and_tiny_maps(size, train):
     theirs, ours = pair(dtype=torch.float64, name='PooledSelfAttention2d')
@@ -209,7 +209,7 @@ def test_few_channels(cls, c):
 
 
 @each_norm
-@pytest.mark.parametrize('size', [(7,), (2, 3), (5, 7), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize('size', [(7,), (2, 3), (5, 7), (2, 3, 5)], ids=named)
 def test_sym_is_symmetric(norm_type, size):
     x = torch.randn(2, 13, *size, dtype=torch.float64, requires_grad=True)
     layer = use(SimpleSelfAttention(13, sym=True, norm_type=norm_type, gamma=.7).double().eval())
@@ -222,7 +222,7 @@ def test_sym_is_symmetric(norm_type, size):
     assert rel(plain(x), layer(x)) > 1e-3
 
 
-@pytest.mark.parametrize('size', [(3,), (5, 7), (2, 3, 5), (53,)], ids=str)
+@pytest.mark.parametrize('size', [(3,), (5, 7), (2, 3, 5), (53,)], ids=named)
 @pytest.mark.parametrize('fmt', ['contiguous', 'channels_last'])
 def test_simple_takes_the_cheaper_order(size, fmt):
     c, n = 19, int(np.prod(size))
@@ -305,7 +305,7 @@ OPTIONS = [dict(reduction=1), dict(reduction=3), dict(reduction=24), dict(reduct
 
 @each_softmax
 @each_norm
-@pytest.mark.parametrize('options', OPTIONS, ids=str)
+@pytest.mark.parametrize('options', OPTIONS, ids=named)
 def test_options_against_the_formula(cls, norm_type, options):
     torch.manual_seed(1)
     layer = use(cls(24, **dict(gamma=.7) | options, norm_type=norm_type).double().eval())
@@ -323,7 +323,7 @@ def test_options_of_simple_against_the_formula(norm_type, gamma):
 
 
 @each
-@pytest.mark.parametrize('norm_type,keys', [(NormType.Spectral, ['weight_orig', 'weight_u', 'weight_v']), (NormType.Weight, ['weight_g', 'weight_v']), (None, ['weight'])], ids=str)
+@pytest.mark.parametrize('norm_type,keys', [(NormType.Spectral, ['weight_orig', 'weight_u', 'weight_v']), (NormType.Weight, ['weight_g', 'weight_v']), (None, ['weight'])], ids=named)
 def test_state_dict_keys_of_each_norm(cls, norm_type, keys):
     convs = ['conv'] if cls is SimpleSelfAttention else ['query.0', 'key.0', 'value.0'] + ['out.0'] * (cls is not SelfAttention)
     assert sorted(cls(24, norm_type=norm_type).state_dict()) == sorted(['gamma', *[f'{c}.{k}' for c in convs for k in keys]])
@@ -386,7 +386,7 @@ def test_any_map_in_any_memory_format(cls, bs, c, size, view, backend, plain):
 
 FORMATS = [(torch.contiguous_format, (7,)), (torch.contiguous_format, (5, 7)), (torch.channels_last, (5, 7)), (torch.channels_last, (37, 31)), (torch.channels_last_3d, (2, 3, 5))]
 
-@pytest.mark.parametrize('cls,fmt,size', [(c, *f) for c in ALL for f in FORMATS if takes(c, f[1])], ids=str)
+@pytest.mark.parametrize('cls,fmt,size', [(c, *f) for c in ALL for f in FORMATS if takes(c, f[1])], ids=named)
 def test_memory_format_is_kept_and_does_not_matter(cls, fmt, size):
     layer, x = use(cls(24, gamma=.7).eval()), torch.randn(2, 24, *size)
     want, y = layer(x), layer(x.to(memory_format=fmt))
@@ -395,7 +395,7 @@ def test_memory_format_is_kept_and_does_not_matter(cls, fmt, size):
 
 
 @pytest.mark.parametrize('cls', [SelfAttention, PaperSelfAttention], ids=lambda c: c.__name__)
-@pytest.mark.parametrize('fmt', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('fmt', [torch.contiguous_format, torch.channels_last], ids=named)
 def test_maps_are_not_copied_on_the_way(cls, fmt):
     layer, x = use(cls(24, gamma=.7).eval()), torch.randn(2, 24, 37, 31).to(memory_format=fmt)
     with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as prof: layer(x)
@@ -404,7 +404,7 @@ def test_maps_are_not_copied_on_the_way(cls, fmt):
 
 
 @each
-@pytest.mark.parametrize('dtype,tol', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str)
+@pytest.mark.parametrize('dtype,tol', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=named)
 @pytest.mark.parametrize('train', [True, False], ids=['train', 'eval'])
 def test_plain_dtypes_against_float64(cls, dtype, tol, train):
     torch.manual_seed(4)
@@ -415,7 +415,7 @@ def test_plain_dtypes_against_float64(cls, dtype, tol, train):
 
 
 @each
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64], ids=named)
 def test_a_converted_layer_trains_in_its_dtype(cls, dtype):
     layer = cls(24, gamma=.7).to(dtype)
     y = copied_steps(layer, torch.randn(2, 24, 5, 7).to(dtype))
@@ -423,7 +423,7 @@ def test_a_converted_layer_trains_in_its_dtype(cls, dtype):
 
 
 @each
-@pytest.mark.parametrize('dtype,tol', [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str)
+@pytest.mark.parametrize('dtype,tol', [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=named)
 @pytest.mark.parametrize('train', [True, False], ids=['train', 'eval'])
 def test_autocast(cls, dtype, tol, train):
     layer = use(cls(24, gamma=.7)).train(train)
@@ -444,7 +444,7 @@ def test_autocast_is_no_worse_than_in_fastai():
     assert y.dtype == want.dtype and (y - exact).norm() <= 1.1 * (want - exact).norm()
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=named)
 @each_softmax
 def test_logits_beyond_the_range_of_half_precision(cls, dtype):
     layer = cls(24, norm_type=None, gamma=.5).to(dtype)
@@ -486,12 +486,12 @@ def test_bad_input_is_named_and_nothing_moves(cls, x, error, says):
     if 'got shape' in says or error is TypeError: same_state(state(layer), before)
 
 
-@pytest.mark.parametrize('shape', [(2, 24, 7), (2, 24, 3, 5, 7)], ids=str)
+@pytest.mark.parametrize('shape', [(2, 24, 7), (2, 24, 3, 5, 7)], ids=named)
 def test_pooled_takes_2d_maps_and_says_what_takes_others(shape):
     with pytest.raises(ValueError, match=r'2d map \(bs, 24, h, w\), got shape .*`SelfAttention\(..., pool=2\)`'): PooledSelfAttention2d(24)(torch.randn(shape))
 
 
-@pytest.mark.parametrize('fmt', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('fmt', [torch.contiguous_format, torch.channels_last], ids=named)
 @each_softmax
 def test_no_tensor_of_n_by_n(cls, fmt):
     layer, x = cls(16, gamma=.7, pool=1), torch.randn(1, 16, 64, 64).to(memory_format=fmt)
@@ -740,7 +740,7 @@ def compiled_as_eager(cls, backend, sizes=((5, 7), (5, 7), (6, 4)), **kwargs):
 @each
 def test_compile_in_one_graph(cls): compiled_as_eager(cls, 'aot_eager')
 
-@pytest.mark.parametrize('kwargs', [dict(norm_type=NormType.Weight), dict(pool=2, reduction=4, heads=2), dict(norm_type=None, softmax=False)], ids=str)
+@pytest.mark.parametrize('kwargs', [dict(norm_type=NormType.Weight), dict(pool=2, reduction=4, heads=2), dict(norm_type=None, softmax=False)], ids=named)
 def test_compile_options_in_one_graph(kwargs): compiled_as_eager(SelfAttention, 'aot_eager', sizes=((5, 7),), **kwargs)
 
 def test_compile_the_tiled_kernel_in_one_graph():
@@ -755,7 +755,7 @@ def test_compile_with_inductor():
 
 
 @each
-@pytest.mark.parametrize('size', [(5, 7), (37, 31)], ids=str)
+@pytest.mark.parametrize('size', [(5, 7), (37, 31)], ids=named)
 def test_export(cls, size):
     layer, x = use(cls(24, gamma=.7).eval()), torch.randn(2, 24, *size)
     program = torch.export.export(layer, (x,))
@@ -775,7 +775,7 @@ def test_export_with_dynamic_batch_and_map_size(cls):
 
 
 @each
-@pytest.mark.parametrize('kwargs', [{}, dict(norm_type=NormType.Weight)], ids=str)
+@pytest.mark.parametrize('kwargs', [{}, dict(norm_type=NormType.Weight)], ids=named)
 def test_onnx(cls, kwargs, tmp_path):
     for name in ('onnx', 'onnxscript'): pytest.importorskip(name, reason=f'{name} is not installed')
     runtime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
@@ -809,7 +809,7 @@ def net(norm_type=NormType.Spectral):
     return nn.Sequential(nn.Conv2d(3, 24, 3), SelfAttention(24, gamma=.7, norm_type=norm_type), nn.ReLU(), nn.Sequential(PooledSelfAttention2d(24, gamma=-.5, norm_type=norm_type)), PaperSelfAttention(24, gamma=.9, norm_type=norm_type),
                          nn.BatchNorm2d(24), SimpleSelfAttention(24, sym=True, gamma=.01, norm_type=norm_type), SimpleSelfAttention(24, ks=3, gamma=.01, norm_type=norm_type))
 
-@pytest.mark.parametrize('norm_type', [NormType.Spectral, NormType.Weight], ids=str)
+@pytest.mark.parametrize('norm_type', [NormType.Spectral, NormType.Weight], ids=named)
 @pytest.mark.parametrize('steps', [0, 2])
 def test_fused_model_predicts_as_before(norm_type, steps):
     model, x = net(norm_type), torch.randn(2, 3, 9, 11)
@@ -880,7 +880,7 @@ def watching(layer, where, how, saw):
     finally:
         for h in handles: h.remove()
 
-@pytest.mark.parametrize('cls,kwargs', [(c, k) for c in ALL for k in ({}, dict(norm_type=NormType.Weight))] + [(SimpleSelfAttention, dict(sym=True))], ids=str)
+@pytest.mark.parametrize('cls,kwargs', [(c, k) for c in ALL for k in ({}, dict(norm_type=NormType.Weight))] + [(SimpleSelfAttention, dict(sym=True))], ids=named)
 @pytest.mark.parametrize('where,how', [(w, h) for w in ('layer', 'conv') for h in WATCH] + [('everywhere', h) for h in ('forward', 'pre', 'backward')])
 def test_watched_layers_give_the_same_and_each_hook_fires_once(cls, kwargs, where, how):
     torch.manual_seed(2)
@@ -979,7 +979,7 @@ def test_a_bias_is_applied():
 
 @each_softmax
 @each_norm
-@pytest.mark.parametrize('options', [{}, dict(reduction=4, heads=3), dict(pool=2), dict(pool=3, reduction=4, heads=2), dict(softmax=False), dict(softmax=False, pool=2)], ids=str)
+@pytest.mark.parametrize('options', [{}, dict(reduction=4, heads=3), dict(pool=2), dict(pool=3, reduction=4, heads=2), dict(softmax=False), dict(softmax=False, pool=2)], ids=named)
 def test_attention_weights_are_rows_of_beta(cls, norm_type, options):
     torch.manual_seed(3)
     layer = use(cls(24, norm_type=norm_type, gamma=.7, **options).double())
@@ -1002,7 +1002,7 @@ def test_attention_weights_give_the_output():
 
 
 @each_softmax
-@pytest.mark.parametrize('modes', [{}, {'': False}, {'query': False}, {'key.0': False, 'value': False}], ids=str)
+@pytest.mark.parametrize('modes', [{}, {'': False}, {'query': False}, {'key.0': False, 'value': False}], ids=named)
 def test_attention_weights_are_a_look_only(cls, modes):
     layer, x = cls(24, gamma=.7), torch.randn(2, 24, 5, 7)
     layer.load_state_dict(state(cls(24, gamma=.7)))         # random u and v: a power iteration would be seen
@@ -1019,7 +1019,7 @@ def test_attention_weights_are_a_look_only(cls, modes):
 
 
 @each_softmax
-@pytest.mark.parametrize('rows,error', [([35], ValueError), ([-1], ValueError), ([[0]], ValueError), (3, ValueError), ([.5], TypeError), ([True], TypeError)], ids=str)
+@pytest.mark.parametrize('rows,error', [([35], ValueError), ([-1], ValueError), ([[0]], ValueError), (3, ValueError), ([.5], TypeError), ([True], TypeError)], ids=named)
 def test_bad_rows_are_named(cls, rows, error):
     with pytest.raises(error, match='`rows` must'): cls(24).attention_weights(torch.randn(2, 24, 5, 7), rows)
 
@@ -1041,7 +1041,7 @@ def test_attention_weights_of_half_precision_are_float32():
 
 @each_softmax
 @each_norm
-@pytest.mark.parametrize('options', [{}, dict(reduction=4, heads=3), dict(pool=3, reduction=4, heads=2), dict(softmax=False, pool=2)], ids=str)
+@pytest.mark.parametrize('options', [{}, dict(reduction=4, heads=3), dict(pool=3, reduction=4, heads=2), dict(softmax=False, pool=2)], ids=named)
 def test_query_and_key_vectors_give_beta(cls, norm_type, options):
     torch.manual_seed(3)
     layer = use(cls(24, norm_type=norm_type, **options).double())

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import Largest
+from conftest import Largest, named
 from hypothesis import given, settings, strategies as st
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.nn import functional as F
@@ -42,7 +42,7 @@ def laid(ts, layouts): return [LAYOUTS[how](t.detach()).requires_grad_() for t, 
 def tiled():
     with attention_backend('tiled'): yield
 
-@pytest.fixture(params=[(1024, 512), (5, 7), (1, 1), (64, 3)], ids=str)
+@pytest.fixture(params=[(1024, 512), (5, 7), (1, 1), (64, 3)], ids=named)
 def tile(request, monkeypatch, tiled):
     for name, size in zip(('_ROWS', '_COLS'), request.param): monkeypatch.setattr(ops, name, size)
 
@@ -93,7 +93,7 @@ def test_float32_against_float64_truth(tiled, n):
 
 
 @pytest.mark.parametrize('backend', ['math', 'tiled'])
-@pytest.mark.parametrize('dtype,tol', [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=str)
+@pytest.mark.parametrize('dtype,tol', [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=named)
 def test_half_precision_computes_logits_in_float32(dtype, tol, backend):
     qkv = as_leaves(inputs(2, 600, 1100, 16, 5), dtype)
     wide = as_leaves(qkv, torch.float64)
@@ -109,7 +109,7 @@ def test_float16_logits_beyond_its_range(backend):
     with attention_backend(backend): assert attend(q, q, torch.ones_like(q)).isfinite().all()
 
 
-@pytest.mark.parametrize('dtype,lse_dtype', [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)], ids=str)
+@pytest.mark.parametrize('dtype,lse_dtype', [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)], ids=named)
 def test_log_sum_exp_is_float32_at_least(dtype, lse_dtype):
     q, k, v = (t.detach().to(dtype) for t in inputs(2, 7, 1100, 3, 5))
     o, lse = ops._attend(q, k, v, .7)
@@ -291,7 +291,7 @@ def test_no_tensor_of_nq_by_nk():
 
 def orders(bs, nq, nk, d, dv): return nq * nk * (d + dv) * 2 * bs, (nq + nk) * d * dv * 2 * bs
 
-@pytest.mark.parametrize('shape', [(2, 3, 5, 7, 11), (2, 41, 53, 7, 11), (3, 41, 2, 13, 7), (3, 2, 41, 5, 7)], ids=str)
+@pytest.mark.parametrize('shape', [(2, 3, 5, 7, 11), (2, 41, 53, 7, 11), (3, 41, 2, 13, 7), (3, 2, 41, 5, 7)], ids=named)
 @pytest.mark.parametrize('layout', ['rows', 'channels'])
 def test_dot_attend_is_exact_in_the_cheaper_order(shape, layout):
     qkv = laid(inputs(*shape), ['rows', 'rows', layout])
@@ -304,7 +304,7 @@ def test_dot_attend_is_exact_in_the_cheaper_order(shape, layout):
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9), st.floats(.1, 3), layouts)
 def test_dot_attend_over_shapes_and_layouts(bs, nq, nk, d, dv, scale, layouts): compare(laid(inputs(bs, nq, nk, d, dv), layouts), scale, 1e-10, dot_attend, plain_dot)
 
-@pytest.mark.parametrize('dtype,tol', [(torch.bfloat16, 3e-3), (torch.float16, 4e-4)], ids=str)
+@pytest.mark.parametrize('dtype,tol', [(torch.bfloat16, 3e-3), (torch.float16, 4e-4)], ids=named)
 def test_dot_attend_rounds_half_precision_only_at_the_end(dtype, tol):
     q, k, v = (t.detach() for t in inputs(1, 41, 4001, 5, 3))
     qkv = as_leaves((q / 100, k + 1, v + 1), dtype)             # times 1/nk that is below what float16 can say in full
@@ -315,7 +315,7 @@ def test_dot_attend_rounds_half_precision_only_at_the_end(dtype, tol):
 
 OPS = dict(rows=lambda v: v, channels=LAYOUTS['channels'], sliced=LAYOUTS['sliced'])
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=named)
 @pytest.mark.parametrize('layout', list(OPS))
 def test_custom_operators_keep_what_they_promise_to_torch(layout, dtype):
     q, k, v = (t.detach().to(dtype) for t in inputs(2, 13, 11, 3, 5))
@@ -397,7 +397,7 @@ def test_bad_input_of_attention_weights_is_named(bad, error, says):
 
 
 @pytest.mark.parametrize('rows,error', [([6], ValueError), ([-1], ValueError), ([[0]], ValueError), (3, ValueError), ([.5], TypeError), ([True], TypeError),
-                                        (None, TypeError), ('ab', TypeError), ([1j], TypeError)], ids=str)
+                                        (None, TypeError), ('ab', TypeError), ([1j], TypeError)], ids=named)
 def test_bad_rows_are_named(rows, error):
     q, k, _ = inputs(2, 6, 7, 3, 4)
     with pytest.raises(error, match='`rows` must'): attention_weights(q, k, rows)
@@ -433,7 +433,7 @@ def test_statistics_are_those_of_the_whole_map(bs, nq, nk, d, dims, scale, layou
     compare_stats(got, plain_stats(q.detach(), k.detach(), *places(nq, nk, dims), scale), 1e-12, torch.float64)
 
 
-@pytest.mark.parametrize('dtype,tol', [(torch.float32, 1e-5), (torch.bfloat16, 1e-5), (torch.float16, 1e-5)], ids=str)
+@pytest.mark.parametrize('dtype,tol', [(torch.float32, 1e-5), (torch.bfloat16, 1e-5), (torch.float16, 1e-5)], ids=named)
 def test_statistics_of_half_precision_are_float32(dtype, tol):
     q, k = (t.detach().to(dtype) for t in inputs(2, 70, 90, 8, 1)[:2])
     for at in (torch.float64, torch.float32, torch.long):
@@ -488,7 +488,7 @@ def test_statistics_of_empty_batches_and_of_tensor_subclasses():
 @pytest.mark.parametrize('change,error,says', [
     (dict(q=torch.ones(6, 3)), ValueError, 'flatten a feature map'), (dict(k=torch.ones(2, 7, 4)), ValueError, 'same channels'), (dict(q=[1]), TypeError, 'must be a tensor'),
     (dict(q_at=torch.ones(5, 2)), ValueError, r'must be \(6, dims\) and \(7, dims\), a position for each pixel; got \(5, 2\) and \(7, 2\)'), (dict(k_at=torch.ones(7, 3)), ValueError, r'got \(6, 2\) and \(7, 3\)'),
-    (dict(own=[0] * 5), ValueError, 'for each of the 6 query pixels, got 5'), (dict(own=[7] * 6), ValueError, r'must lie in 0\.\.6'), (dict(own=[-1] * 6), ValueError, 'must lie in'), (dict(own=[.5] * 6), TypeError, 'whole numbers')], ids=str)
+    (dict(own=[0] * 5), ValueError, 'for each of the 6 query pixels, got 5'), (dict(own=[7] * 6), ValueError, r'must lie in 0\.\.6'), (dict(own=[-1] * 6), ValueError, 'must lie in'), (dict(own=[.5] * 6), TypeError, 'whole numbers')], ids=named)
 def test_bad_input_of_attention_stats_is_named(change, error, says):
     args = dict(q=torch.ones(2, 6, 3), k=torch.ones(2, 7, 3), q_at=torch.ones(6, 2), k_at=torch.ones(7, 2), own=[0] * 6)
     with pytest.raises(error, match=says): attention_stats(**(args | change))

@@ -7,7 +7,8 @@ import torch
 
 from fastai_selfattn.bench import loggers as bench_logging
 from fastai_selfattn.bench.loggers import bench_logging_main, logging_cost
-from fastai_selfattn.seeing.callbacks import AttentionMapLogger, GammaLogger
+from fastai_selfattn.seeing.gamma_logger import GammaLogger
+from fastai_selfattn.seeing.map_logger import AttentionMapLogger
 
 TINY = ['--n-rooms', '16', '--size', '32', '--bs', '4', '--epochs', '2', '--threads', '1']
 

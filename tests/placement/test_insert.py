@@ -30,7 +30,7 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
 
 from fastai_selfattn.placement import insert as insert_module
 from fastai_selfattn import learner  # noqa: F401  patches `Learner`
-from fastai_selfattn.seeing.callbacks import GammaLogger
+from fastai_selfattn.seeing.gamma_logger import GammaLogger
 from fastai_selfattn.placement.insert import AttentionParams, AttentionSplitter, insert_attention, inserted_layers, remove_attention
 from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention
 from fastai_selfattn.placement.sites import attention_sites
@@ -314,7 +314,7 @@ def test_a_new_layer_is_normalised_from_the_start():
 
 
 @pytest.mark.parametrize('layer,args', [(SelfAttention, dict(reduction=4, heads=2)), (PooledSelfAttention2d, dict(pool=3)), (PaperSelfAttention, {}), (SimpleSelfAttention, {}), (partial(SelfAttention, reduction=4, heads=2), {}),
-                                        (fastai.layers.SelfAttention, {}), (lambda c: nn.Sequential(nn.Conv2d(c, c, 1), nn.ReLU()), {})])
+                                        (fastai.layers.SelfAttention, {}), (lambda c: nn.Sequential(nn.Conv2d(c, c, 1), nn.ReLU()), {})], ids=named)
 def test_any_layer(layer, args):
     model = plain()
     names = insert_attention(model, ['block', 'down'], layer=layer, size=SIZE, **args)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import fastai.layers
 import numpy as np
 import pytest
+from conftest import named
 import timm
 import torch
 import torchvision
@@ -92,7 +93,7 @@ def check_same(now, then):
 
 def boom(error): return Do(lambda x: (_ for _ in ()).throw(error('boom')))
 
-@pytest.mark.parametrize('error,raised', [(None, None), (RuntimeError, ValueError), (KeyboardInterrupt, KeyboardInterrupt)], ids=str)
+@pytest.mark.parametrize('error,raised', [(None, None), (RuntimeError, ValueError), (KeyboardInterrupt, KeyboardInterrupt)], ids=named)
 def test_the_model_is_as_it_was(error, raised):
     model = trained(boom(error) if error else None)
     before = of(model)
@@ -276,7 +277,7 @@ def test_parameters_are_those_of_a_real_layer(c):
     assert math.isnan(s.fastai_mib) == (c < 8) and s.mib > 0        # fastai's layer takes 8 channels or more
 
 
-@pytest.mark.parametrize('shape', [Shape(1, 8, 5, 7), Shape(1, 24, 3, 4), Shape(1, 100, 31, 17), Shape(1, 512, 1, 2)], ids=str)
+@pytest.mark.parametrize('shape', [Shape(1, 8, 5, 7), Shape(1, 24, 3, 4), Shape(1, 100, 31, 17), Shape(1, 512, 1, 2)], ids=named)
 def test_multiply_adds_are_half_the_operations_of_the_benchmark(shape):
     assert 2*Site('', '', shape.c, (shape.h, shape.w)).macs == attention_cost(shape)[0]
     assert Site('', '', shape.c, (shape.n,)).macs == Site('', '', shape.c, (1, shape.h, shape.w)).macs == Site('', '', shape.c, (shape.h, shape.w)).macs
@@ -354,7 +355,7 @@ def test_a_sequence_of_sites():
 
 def where_skips_read(model): return [f'layers.0.{n}' for n, m in model.layers[0].named_children() if any(h.hook.hooks_dict_ref() is m._forward_hooks for h in model.sfs)]
 
-@pytest.mark.parametrize('strides', [(2, 2, 2, 2, 2), (1, 2, 2, 1, 2), (2, 4, 1, 2), (2, 2), (2, (2, 1), 2, 2)], ids=str)
+@pytest.mark.parametrize('strides', [(2, 2, 2, 2, 2), (1, 2, 2, 1, 2), (2, 4, 1, 2), (2, 2), (2, (2, 1), 2, 2)], ids=named)
 def test_stages_of_the_encoder_are_where_skips_read(strides):
     model = unet(encoder(strides))
     sites, blocks = attention_sites(model, (64, 96)), len(model.sfs)
@@ -364,7 +365,7 @@ def test_stages_of_the_encoder_are_where_skips_read(strides):
     assert paths(sites)[blocks + 1:] == ['layers.3'] + [f'layers.{4+i}.conv2' for i in range(blocks)] and not any(s.reason for s in sites)
 
 
-@pytest.mark.parametrize('size', [(64, 96), 32, 16, (16, 96), 256], ids=str)
+@pytest.mark.parametrize('size', [(64, 96), 32, 16, (16, 96), 256], ids=named)
 def test_names_do_not_depend_on_the_size(resnet34_unet, size):
     sites = attention_sites(resnet34_unet, size)
     assert {s.name: s.path for s in sites} == {
@@ -505,7 +506,7 @@ class Listed(nn.Module):
     (lambda: S(S(conv(2), conv(2), conv(2)), conv()), ['0.0', '0.1', '0.2', '1']),       # a whole network: its last stage has its own name
     (lambda: Listed(conv(), nn.BatchNorm2d(3), conv(2)), ['parts.1', 'parts.2']),
     (lambda: S(Listed(conv(2), conv(2), conv(2))), ['0.parts.0', '0.parts.1', '0.parts.2']),
-    (lambda: S(Listed(conv(), conv())), ['0'])], ids=str)
+    (lambda: S(Listed(conv(), conv())), ['0'])], ids=named)
 def test_which_are_places_of_their_own(model, want):
     model = model()
     model.unused = nn.Sequential(nn.Linear(3, 4)) if isinstance(model, Listed) else None
@@ -561,7 +562,7 @@ def test_size_in_every_form(model, size, shape, says):
 @pytest.mark.parametrize('size,error,got', [
     ('big', TypeError, 'got str'), (32., TypeError, 'got float'), ((32., 48), TypeError, r'got \(32.0, 48\)'), (True, TypeError, 'got True'), (('a', 3), TypeError, r"got \('a', 3\)"), ({'x': 3}, TypeError, 'got dict'), (object(), TypeError, 'got object'),
     (np.zeros((2, 3)), TypeError, 'got ndarray'), ((), ValueError, r'got \(\)'), (0, ValueError, 'got 0'), (-4, ValueError, 'got -4'), ((3, -1, 4), ValueError, r'got \(3, -1, 4\)'), ((1, 2, 3, 4, 5), ValueError, r'got \(1, 2, 3, 4, 5\)'), ((7,), ValueError, r'got \(7,\)'),
-    ((4, H, W), ValueError, f'does not run on an image of 4x{H}x{W} .as given.*Give another `size`, or a batch'), ((7, 4, H, W), ValueError, f'does not run on an image of 4x{H}x{W}'), (torch.zeros(2, 5, H, W), ValueError, f'does not run on an image of 5x{H}x{W} .one image of the batch')], ids=str)
+    ((4, H, W), ValueError, f'does not run on an image of 4x{H}x{W} .as given.*Give another `size`, or a batch'), ((7, 4, H, W), ValueError, f'does not run on an image of 4x{H}x{W}'), (torch.zeros(2, 5, H, W), ValueError, f'does not run on an image of 5x{H}x{W} .one image of the batch')], ids=named)
 def test_bad_sizes_are_named(size, error, got):
     with pytest.raises(error, match=f'(?s){got}'): attention_sites(cnn(), size)
 
@@ -579,7 +580,7 @@ def test_without_a_conv():
     assert [s.reason for s in attention_sites(model, (1, 3, H, W))] == ['gives (1, 11520), not a map of 2 dimensions', 'gives (1, 4), not a map of 2 dimensions']
 
 
-@pytest.mark.parametrize('model', [3, 'resnet18', resnet18, None], ids=str)
+@pytest.mark.parametrize('model', [3, 'resnet18', resnet18, None], ids=named)
 def test_what_is_no_model(model):
     with pytest.raises(TypeError, match=f'`model` must be an nn.Module or a Learner, got {type(model).__name__}'): attention_sites(model, 32)
 
@@ -670,7 +671,7 @@ def test_a_wrapper_names_the_model_inside():
     assert paths(attention_sites(inside, (H, W))) == ['2', 'module']
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64], ids=named)
 @pytest.mark.parametrize('given', [(H, W), None, x4, (x4, torch.arange(5)), DataLoader(list(zip(*data())), bs=3)], ids=['shape', 'left out', 'batch', 'x and y', 'data'])
 def test_other_precisions(dtype, given):
     model = cnn().to(dtype)
@@ -706,7 +707,7 @@ class Twice(nn.Module):
     (Do(lambda x: x.mean((2, 3))), 'gives (1, 3), not a map of 2 dimensions'), (Do(lambda x: x.flatten(2).mT), f'gives (1, {H*W}, 3), not a map of 2 dimensions'), (Do(lambda x: x.sum()), 'gives (), not a map of 2 dimensions'),
     (Do(lambda x: x.unsqueeze(2)), f'gives (1, 3, 1, {H}, {W}), not a map of 2 dimensions'),
     (Do(lambda x: x.argmax(1, keepdim=True)), 'gives torch.int64, not floating point'), (Do(lambda x: x > 0), 'gives torch.bool, not floating point'), (Do(lambda x: x + 0j), 'gives torch.complex64, not floating point'),
-    (Do(lambda x: x + 1), ''), (Do(lambda x: x[..., :1, :2] + 0), ''), (Do(lambda x: x[:, :1] + 0), '')], ids=str)
+    (Do(lambda x: x + 1), ''), (Do(lambda x: x[..., :1, :2] + 0), ''), (Do(lambda x: x[:, :1] + 0), '')], ids=named)
 def test_what_does_not_fit_is_listed_with_the_reason(module, reason):
     sites = attention_sites(nn.Sequential(S(nn.Conv2d(3, 3, 1)), module), (H, W))
     assert names(sites) == ['0', '1'] and sites['1'].reason == reason == sites['1'].note and reason in repr(sites) and sites.every['1'].reason == reason
@@ -763,7 +764,7 @@ def sites(resnet34_unet): return attention_sites(resnet34_unet, (64, 96))       
     ('layers.0.6', None, ['layers.0.6']), ('layers.5.conv2', None, ['layers.5.conv2']), ('layers.0.7.*.conv2', None, [f'layers.0.7.{i}.conv2' for i in range(3)]), ('layers.0.6.?.bn[12]', None, [f'layers.0.6.{i}.bn{j}' for i in range(6) for j in (1, 2)]),
     (['middle', 'decoder.1'], None, ['middle'] + D(1)), (('decoder.3', 'encoder.[01]', True), None, D(3) + E(0, 1) + D(1)), (['encoder.*', 'encoder.1'], None, E(0, 1, 2, 3, 4)), ({'middle'}, None, ['middle']), ([['middle'], lambda s: s.channels == 384], None, ['middle'] + D(1)),
     (lambda s: s.n < 30, None, E(3, 4) + ['middle'] + D(0)), (lambda s: s.is_fastais, None, D(1)), (None, 12, E(2, 3, 4) + ['middle'] + D(0, 1)), (None, 11, E(3, 4) + ['middle'] + D(0)), (None, 10**6, [*E(0, 1, 2, 3, 4), 'middle', *D(0, 1, 2, 3)]),
-    ('decoder.*', 24, D(0, 1, 2)), (['encoder.*', 'decoder.*'], 8, E(3, 4) + D(0)), (lambda s: s.channels > 300, 5, E(4) + ['middle']), (True, 12, D(1)), (True, np.int64(12), D(1)), ('layers.0.*.0.conv1', 6, ['layers.0.6.0.conv1', 'layers.0.7.0.conv1'])], ids=str)
+    ('decoder.*', 24, D(0, 1, 2)), (['encoder.*', 'decoder.*'], 8, E(3, 4) + D(0)), (lambda s: s.channels > 300, 5, E(4) + ['middle']), (True, 12, D(1)), (True, np.int64(12), D(1)), ('layers.0.*.0.conv1', 6, ['layers.0.6.0.conv1', 'layers.0.7.0.conv1'])], ids=named)
 def test_match(sites, where, max_side, want):
     found = sites.match(where, max_side)
     assert names(found) == want and isinstance(found, list) and all(isinstance(s, Site) for s in found)
@@ -778,14 +779,14 @@ def test_the_same_path_is_chosen_once(sites):
 @pytest.mark.parametrize('where,max_side,says', [
     ('decoder.9', None, "no site matches 'decoder.9'"), ('encoder', None, "no site matches 'encoder'"), ('layers.0.*.*.*.*.*', None, 'no site matches'), ('Middle', None, "no site matches 'Middle'"), ('', None, "no site matches ''"), ('layers.0.7.*.conv9', None, 'no site matches'),
     (['middle', 'decoder.9'], None, "no site matches 'decoder.9'"), (['middle', 'x*'], None, r"no site matches 'x\*'"), (lambda s: False, None, 'no site matches where=<function'), (None, 2, 'no site matches where=None, max_side=2'), ('decoder.*', 3, r"no site matches where='decoder.\*', max_side=3"),
-    (True, 11, 'no site matches where=True, max_side=11'), (None, None, 'give `where` or `max_side`')], ids=str)
+    (True, 11, 'no site matches where=True, max_side=11'), (None, None, 'give `where` or `max_side`')], ids=named)
 def test_names_that_fit_nothing(sites, where, max_side, says):
     with pytest.raises(ValueError, match=says) as e: sites.match(where, max_side)
     if where or max_side is not None: assert repr(sites) in str(e.value) and 'any module path of this model' in str(e.value)
 
 
 @pytest.mark.parametrize('where,max_side,got', [(3, None, 'got 3'), (False, None, 'got False'), (1, None, 'got 1'), ([], None, r'got \[\]'), (['middle', 3], None, 'got 3'), ([None], None, 'got None'), (2.5, 20, 'got 2.5'), ({}, None, r'got \{\}'), (b'middle', None, "got b'middle'"),
-                                                ('middle', '12', "`max_side` must be an int, got '12'"), (None, 3., 'got 3.0'), (None, True, 'got True')], ids=str)
+                                                ('middle', '12', "`max_side` must be an int, got '12'"), (None, 3., 'got 3.0'), (None, True, 'got True')], ids=named)
 def test_wrong_types(sites, where, max_side, got):
     with pytest.raises(TypeError, match=got): sites.match(where, max_side)
 

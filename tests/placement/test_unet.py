@@ -6,6 +6,7 @@ from functools import partial
 
 import fastai.layers
 import pytest
+from conftest import named
 import timm
 import torch
 import torchvision
@@ -229,7 +230,7 @@ def test_normalisation_that_was_there_stays(dls, known):
     assert all(a is b for now, then in zip(tfms(dls), before, strict=True) for a, b in zip(now, then, strict=True))
 
 
-@pytest.mark.parametrize('flag', [None, 1, 0, [], [3], 2.5], ids=str)
+@pytest.mark.parametrize('flag', [None, 1, 0, [], [3], 2.5], ids=named)
 def test_self_attention_must_be_a_place(dls, flag):
     for f, data in ((create_unet_model, (2, SIZE)), (unet_learner, ())):
         args = (encoder, *data) if data else (dls, encoder)
@@ -297,7 +298,7 @@ def test_trains_like_fastai(dls):
 @pytest.mark.parametrize('where,kwargs,want', [
     ('decoder.0', {}, ['layers.4.conv2.2']), ('encoder.[12]', {}, ['layers.0.1.3', 'layers.0.2.3']), (['middle', True], {}, ['layers.3.2', 'layers.5.conv2.2']), (lambda s: s.channels == 41, {}, ['layers.6.conv2.2']),
     ('decoder.*', dict(max_side=6), ['layers.4.conv2.2', 'layers.5.conv2.2']), (False, dict(max_side=3), ['layers.0.3.3', 'layers.0.4.3', 'layers.3.2', 'layers.4.conv2.2']), ('decoder.1', dict(how='replace'), ['layers.5.conv2']),
-    (True, dict(layer=PooledSelfAttention2d), ['layers.5.conv2.2']), (True, dict(how='replace'), ['layers.5.conv2']), ('middle', dict(layer=partial(SelfAttention, reduction=4)), ['layers.3.2'])], ids=str)
+    (True, dict(layer=PooledSelfAttention2d), ['layers.5.conv2.2']), (True, dict(how='replace'), ['layers.5.conv2']), ('middle', dict(layer=partial(SelfAttention, reduction=4)), ['layers.3.2'])], ids=named)
 def test_any_place_at_construction(dls, where, kwargs, want):
     for model in (unet(self_attention=where, **kwargs), unet_learner(dls, encoder, pretrained=False, self_attention=where, **kwargs).model):
         assert list(inserted_layers(model)) == want and all(type(m) is kwargs.get('layer', SelfAttention) or m.reduction == 4 for m in inserted_layers(model).values())
@@ -337,7 +338,7 @@ def test_a_place_in_the_frozen_encoder_trains(dls, known):
 
 
 @pytest.mark.parametrize('where,kwargs,says', [('decoder.9', {}, 'no site matches'), (True, dict(how='beside'), '`how` must be'), ('encoder.1', dict(how='replace'), 'cannot replace'), ('middle', dict(layer=partial(SelfAttention, heads=3)), '`heads=3`'),
-                                               (False, dict(how='replace'), '`self_attention=False` inserts none'), (False, dict(layer=PooledSelfAttention2d), '`self_attention=False` inserts none'), (False, dict(max_side=0), 'no site matches')], ids=str)
+                                               (False, dict(how='replace'), '`self_attention=False` inserts none'), (False, dict(layer=PooledSelfAttention2d), '`self_attention=False` inserts none'), (False, dict(max_side=0), 'no site matches')], ids=named)
 def test_a_place_that_cannot_be(dls, known, where, kwargs, says):
     before = tfms(dls)
     with pytest.raises(ValueError, match=says): unet(self_attention=where, **kwargs)

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
-from conftest import Largest
+from conftest import Largest, named
 from fastai_selfattn.attention import layers; from fastai_selfattn.placement import upgrade
 from fastai_selfattn.placement.insert import insert_attention, remove_attention
 from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention, fuse_attention
@@ -364,7 +364,7 @@ def settled(cls, seed=0):
     return layer
 
 @by_class
-@pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-9), (torch.float16, 8e-3), (torch.bfloat16, 6e-2)], ids=str)
+@pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-9), (torch.float16, 8e-3), (torch.bfloat16, 6e-2)], ids=named)
 def test_dtypes(cls, dtype, tol):
     layer, x = settled(cls).to(dtype), torch.randn(2, C, *MAP, dtype=torch.float64).to(dtype)
     model = set_gammas(nn.Sequential(layer))
@@ -377,7 +377,7 @@ def test_dtypes(cls, dtype, tol):
 
 
 @by_class
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=named)
 def test_new_layers_in_half_precision_are_known_too(cls, dtype):
     "Their singular vectors are still far off, so products are large, and rounding shows"
     model = nn.Sequential()
@@ -387,7 +387,7 @@ def test_new_layers_in_half_precision_are_known_too(cls, dtype):
     assert upgrade_attention(model).left == {}
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=named)
 @pytest.mark.parametrize('cls', [OtherAxis, Scaled, Dropping, Minus], ids=lambda c: c.__name__)
 def test_what_is_different_is_so_in_half_precision(cls, dtype):
     assert not upgrade_attention(nn.Sequential(cls().to(dtype))).upgraded
@@ -947,7 +947,7 @@ def test_a_model_that_is_such_a_layer(dls):
         assert len(upgrade_attention(nn.Sequential(module)).upgraded) == 1 and isinstance(take_over(module), layers._Attention)      # the remedies
 
 
-@pytest.mark.parametrize('model', [None, 'model', 3, [nn.Identity()], fastai.layers.SelfAttention, {}], ids=str)
+@pytest.mark.parametrize('model', [None, 'model', 3, [nn.Identity()], fastai.layers.SelfAttention, {}], ids=named)
 def test_not_a_model(model):
     with pytest.raises(TypeError, match=f'`model` must be an nn.Module or a Learner, got {type(model).__name__}'): upgrade_attention(model)
 

@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import contents
+from conftest import contents, named
 from fastai.data.block import DataBlock, RegressionBlock
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
@@ -27,7 +27,8 @@ from torch import nn
 from fastai_selfattn.seeing.explorer import Explorer, _data, _off, _page, _rounded, attention_explorer
 from fastai_selfattn.attention.layers import PooledSelfAttention2d, SelfAttention
 from fastai_selfattn.quiet import eval_mode
-from fastai_selfattn.seeing.record import AttentionRecorder, pictures
+from fastai_selfattn.seeing.pictures import pictures
+from fastai_selfattn.seeing.record import AttentionRecorder
 from fastai_selfattn.walls.rooms import render_room
 
 H, W = 36, 60
@@ -73,13 +74,13 @@ def other(): return Net(seed=1)
 @pytest.fixture(scope='module')
 def page(learn, other, tmp_path_factory):
     "Three pictures, two models of five layers each"
-    return attention_explorer(learn, fname=tmp_path_factory.mktemp('page') / 'page.html', others={'before': other}, label='after', n=3, title='Rooms')
+    return attention_explorer(learn, fname=tmp_path_factory.mktemp('page') / 'page.html', others={'before': other}, label='after', max_n=3, title='Rooms')
 
 @pytest.fixture(scope='module')
 def recorded(learn, other):
     "What the recorder sees at POINTS, by label"
     def look(model):
-        with torch.no_grad(), eval_mode(model), AttentionRecorder(model, POINTS) as rec: model(pictures(learn, n=3).x)
+        with torch.no_grad(), eval_mode(model), AttentionRecorder(model, POINTS) as rec: model(pictures(learn, max_n=3).x)
         return rec
     return {'after': look(learn.model), 'before': look(other)}
 
@@ -157,7 +158,7 @@ def test_large_pictures_are_made_smaller_and_flat_ones_are_grey(tmp_path):
 def test_gamma_and_change_that_are_no_numbers(learn, tmp_path):
     model = Net()
     with torch.no_grad(): model.small.gamma.fill_(math.nan)
-    layer = data_of(attention_explorer(learner(tmp_path / 'pictures', model), fname=tmp_path / 'page.html', n=1))['models'][0]['layers'][-1]
+    layer = data_of(attention_explorer(learner(tmp_path / 'pictures', model), fname=tmp_path / 'page.html', max_n=1))['models'][0]['layers'][-1]
     assert layer['gamma'] is None and layer['changes'] == [None] and layer['pictures'][0]['queries']
     with pytest.raises(ValueError): _page('t', math.nan)         # which no browser would read
 
@@ -166,7 +167,7 @@ def test_layers_and_items_are_chosen(learn, tmp_path):
     data = data_of(attention_explorer(learn, [learn.dls.valid_ds.items[2]], tmp_path / 'page.html', layers=['fastai*', 'small']))
     assert [x['name'] for x in data['models'][0]['layers']] == ['fastai', 'fastai_pooled', 'small'] and [p['name'] for p in data['pictures']] == ['c.png']
     second = nn.Sequential(nn.Conv2d(3, 8, 4, 4), SelfAttention(8))      # other names, and a Learner
-    data = data_of(attention_explorer(learn, fname=tmp_path / 'two.html', n=1, others={'second': Learner(learn.dls, second, loss_func=nn.MSELoss())}))
+    data = data_of(attention_explorer(learn, fname=tmp_path / 'two.html', max_n=1, others={'second': Learner(learn.dls, second, loss_func=nn.MSELoss())}))
     assert [[x['name'] for x in m['layers']] for m in data['models']] == [LAYERS, ['1']]
 
 
@@ -175,7 +176,7 @@ def test_the_models_stay_as_they_were(learn, other, tmp_path):
         [(name, k, list(v)) for n in (learn.model, other) for name, m in n.named_modules() for k, v in vars(m).items() if 'hook' in k and v]
     learn.model.train(), other.eval()
     modes, params, rng, hooks = state()
-    attention_explorer(learn, fname=tmp_path / 'page.html', n=2, others={'other': other})
+    attention_explorer(learn, fname=tmp_path / 'page.html', max_n=2, others={'other': other})
     now = state()
     assert now[0] == modes and now[3] == hooks and torch.equal(now[2], rng)
     for a, b in zip(params, now[1]): assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -285,12 +286,12 @@ def test_a_failure_while_writing_leaves_the_disk_as_it_was(where, learn, folder,
     def full(self, *args, **kwargs): return Full(real(self, *args, **kwargs)) if self.suffix == '.tmp' else real(self, *args, **kwargs)
     def fail(*args): raise OSError('no space left')
     monkeypatch.setattr(Path, where, full if where == 'open' else fail)
-    with pytest.raises(OSError, match='no space left'): attention_explorer(learn, fname=folder / 'old.html', n=1, layers='small', overwrite=True)
+    with pytest.raises(OSError, match='no space left'): attention_explorer(learn, fname=folder / 'old.html', max_n=1, layers='small', overwrite=True)
     assert contents(folder) == {'old.html': b'mine'}
 
 def test_a_page_is_replaced_if_asked_for(learn, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    page = attention_explorer(learn, fname='old.html', n=1, layers='small', overwrite=True)
+    page = attention_explorer(learn, fname='old.html', max_n=1, layers='small', overwrite=True)
     assert contents(folder).keys() == {'old.html'} and data_of(page)['title'] == 'What attention sees'
     Path('new').touch()
     assert Path('old.html').stat().st_mode == Path('new').stat().st_mode         # readable for whom any new file is
@@ -561,7 +562,7 @@ def test_a_cell_is_left_by_each_arrow_however_pixels_and_cells_fall(browser, tmp
     "Maps of 5x7 cells and of 40x66, larger than the picture, on 36x60 pixels"
     from selenium.webdriver import Keys
     model = nn.Sequential(nn.AdaptiveAvgPool2d((5, 7)), nn.Conv2d(3, 8, 1), SelfAttention(8), nn.Upsample((40, 66)), SelfAttention(8))
-    browser.open(attention_explorer(learner(tmp_path / 'pictures', model), fname=tmp_path / 'page.html', n=1))
+    browser.open(attention_explorer(learner(tmp_path / 'pictures', model), fname=tmp_path / 'page.html', max_n=1))
     browser.select(a=dict(model=0, layer=0), point=(0, 0))
     rows = []
     for _ in range(6):
@@ -599,13 +600,13 @@ def test_layers_models_and_pictures_are_chosen_by_hand(browser, page, recorded):
 
 
 def test_one_layer_alone_is_not_compared(browser, learn, tmp_path):
-    browser.open(attention_explorer(learn, fname=tmp_path / 'page.html', n=1, layers='small'))
+    browser.open(attention_explorer(learn, fname=tmp_path / 'page.html', max_n=1, layers='small'))
     browser.keys('c')
     assert not browser.state()['compare'] and not browser.canvas('b').is_displayed() and not browser.find('#compare').is_displayed() and not browser.find('#pictures').is_displayed()
     assert [s.is_displayed() for s in browser.all('select')] == [False, True, False, False]
 
 
-@pytest.mark.parametrize('layers', [(0, 4), (4, 0)], ids=str)
+@pytest.mark.parametrize('layers', [(0, 4), (4, 0)], ids=named)
 def test_one_colour_scale(browser, page, layers):
     browser.open(page).select(compare=True, a=dict(model=0, layer=layers[0]), b=dict(model=0, layer=layers[1]), point=(20, 30))
     tops = lambda: [float(e.text) for e in browser.all('.scale span:last-child') if e.is_displayed()]

@@ -15,7 +15,7 @@ from fastai.vision.data import ImageBlock, MaskBlock
 from torch import nn
 from torch.nn import functional as F
 
-from fastai_selfattn.seeing.callbacks import GammaLogger
+from fastai_selfattn.seeing.gamma_logger import GammaLogger
 from fastai_selfattn.seeing.interpret import AttentionInterpretation
 from fastai_selfattn.attention.layers import SelfAttention
 from fastai_selfattn.seeing.record import AttentionRecorder

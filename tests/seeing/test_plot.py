@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import named
 import torch
 from fastai.layers import ConvLayer
 from fastai.torch_core import TensorImage
@@ -16,8 +17,8 @@ from matplotlib.colors import LogNorm, to_rgba
 from matplotlib.transforms import Bbox
 from torch import nn
 
-from fastai_selfattn.seeing.plot import (plot_attention, plot_attention_stats, plot_gamma, plot_sites, show_attention,
-                                  show_attention_growth, show_receptive_field)
+from fastai_selfattn.seeing.chart import plot_attention_stats, plot_gamma, plot_sites
+from fastai_selfattn.seeing.plot import plot_attention, show_attention, show_attention_growth, show_receptive_field
 from fastai_selfattn.placement.sites import Site, attention_sites
 
 H, W = 33, 50
@@ -58,7 +59,7 @@ def test_makes_one_figure_if_no_ax_is_given(draw, size):
     assert w / h == pytest.approx(size)
 
 
-@pytest.mark.parametrize('lead', [(), (1,), (3,)], ids=str)
+@pytest.mark.parametrize('lead', [(), (1,), (3,)], ids=named)
 @pytest.mark.parametrize('kind', [lambda t: t, TensorImage, lambda t: t.double(), lambda t: t.clone().requires_grad_()], ids=['float32', 'TensorImage', 'float64', 'with gradient'])
 def test_image_map_and_marker_are_where_they_belong(lead, kind):
     im, m = kind(image(*lead)), kind(amap())
@@ -104,7 +105,7 @@ def test_inputs_stay_as_they_were():
     assert torch.equal(im, image(3)) and torch.equal(m, amap()) and h.equals(history('gamma'))
 
 
-@pytest.mark.parametrize('im,m', [(image(2, 3), amap()), (image()[0], amap()), (image(3), amap()[None]), (image(3), amap().flatten())], ids=str)
+@pytest.mark.parametrize('im,m', [(image(2, 3), amap()), (image()[0], amap()), (image(3), amap()[None]), (image(3), amap().flatten())], ids=named)
 def test_shapes_that_do_not_fit_are_named_and_no_figure_is_made(im, m):
     with pytest.raises(ValueError, match=r'`image` must be .* and `amap` \(mh, mw\), got') as e: plot_attention(im, m, (0, 0))
     assert str(tuple(im.shape)) in str(e.value) and str(tuple(m.shape)) in str(e.value) and not plt.get_fignums()
@@ -131,7 +132,7 @@ def test_nothing_to_draw_is_an_error_and_no_figure_is_made(h, got):
 
 # --- plot_attention: edges
 
-@pytest.mark.parametrize('value,vmax', [(0., None), (np.nan, None), (np.inf, None), (.1, 0)], ids=str)
+@pytest.mark.parametrize('value,vmax', [(0., None), (np.nan, None), (np.inf, None), (.1, 0)], ids=named)
 def test_a_map_without_a_strongest_cell_is_drawn(value, vmax):
     ax = plot_attention(image(), torch.full((3, 5), value), (7, 20), vmax=vmax)
     with warnings.catch_warnings():
@@ -152,7 +153,7 @@ def test_what_is_not_a_number_is_blue_and_leaves_the_scale_alone():
     np.testing.assert_allclose(drawn[50, 50], plt.get_cmap('magma')(1.)[:3], atol=.01)
 
 
-@pytest.mark.parametrize('point', [(-1, 0), (H, 0), (0, W), (0, -1), (20, 40, 1), (3,)], ids=str)
+@pytest.mark.parametrize('point', [(-1, 0), (H, 0), (0, W), (0, -1), (20, 40, 1), (3,)], ids=named)
 def test_a_point_off_the_image_is_named_and_no_figure_is_made(point):
     n = 2
     field = spots(point=point)
@@ -326,7 +327,7 @@ def test_one_layer_has_one_bar_over_what_is_chosen():
     assert bar.get_ylim()[1] == pytest.approx(strongest(ms['body.5'][1:, 2:])) != strongest(ms['body.5']) and axs.shape == (1, 2)
 
 
-@pytest.mark.parametrize('layers,want', [('body.2', ['body.2']), ('body.*', ['body.2', 'body.5']), (['head.attn', 'body.[2-4]'], ['body.2', 'head.attn']), (['*', 'body.2'], ['body.2', 'body.5', 'head.attn']), (('*5',), ['body.5'])], ids=str)
+@pytest.mark.parametrize('layers,want', [('body.2', ['body.2']), ('body.*', ['body.2', 'body.5']), (['head.attn', 'body.[2-4]'], ['body.2', 'head.attn']), (['*', 'body.2'], ['body.2', 'body.5', 'head.attn']), (('*5',), ['body.5'])], ids=named)
 def test_choice_of_layers(layers, want):
     axs = show_attention(images(), maps(), POINTS, layers, pictures=0)
     assert [heading(ax) for ax in axs[:, 0]] == [f'picture 0, {n} query pixels' for n in want]
@@ -338,7 +339,7 @@ def test_a_name_is_meant_as_it_stands_before_it_is_a_pattern():
     with pytest.raises(ValueError, match='no layer BODY.2'): show_attention(images(), maps(), POINTS, 'BODY.2')
 
 
-@pytest.mark.parametrize('chosen,want', [(1, [1]), ([1, 0], [1, 0]), (-1, [1]), (torch.tensor([0]), [0]), (np.array([1]), [1]), (range(2), [0, 1]), (None, [0, 1])], ids=str)
+@pytest.mark.parametrize('chosen,want', [(1, [1]), ([1, 0], [1, 0]), (-1, [1]), (torch.tensor([0]), [0]), (np.array([1]), [1]), (range(2), [0, 1]), (None, [0, 1])], ids=named)
 def test_choice_of_pictures_and_points(chosen, want):
     ims, ms = images(), maps(n=2)
     axs = show_attention(ims, ms, POINTS[:2], 'body.5', pictures=chosen)
@@ -383,7 +384,7 @@ CHOICES = [(dict(layers='tail.*'), r'no layer tail\.\*: there are body\.2, body\
            (dict(pictures=2), r'`pictures` must be among 0 to 1, got \[2\]'), (dict(pictures=[0, -3]), r'among 0 to 1, got \[0, -3\]'), (dict(pictures=[]), r'among 0 to 1, got \[\]'),
            (dict(queries=[3]), r'`queries` must be among 0 to 2, got \[3\]'), (dict(queries='a'), r"among 0 to 2, got \['a'\]"), (dict(scale='layers'), "`scale` must be 'layer', 'all' or a number above 0, got 'layers'"), (dict(scale=0), 'got 0'), (dict(scale=-1.), r'got -1\.0')]
 
-@pytest.mark.parametrize('kwargs,says', CHOICES, ids=str)
+@pytest.mark.parametrize('kwargs,says', CHOICES, ids=named)
 def test_a_choice_that_fits_nothing_says_what_there_is(kwargs, says):
     with pytest.raises(ValueError, match=says): show_attention(images(), maps(), POINTS, **kwargs)
     assert not plt.get_fignums()
@@ -431,7 +432,7 @@ def test_titles_of_single_maps_beside_each_other_do_not_overlap():
     assert boxes[0].x0 >= 0 and all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:])) and boxes[-1].x1 <= fig.bbox.width and all(b.y1 <= fig.bbox.height + 1 for b in boxes)
 
 
-@pytest.mark.parametrize('shape', [(4, 2), (2, 3), (3, 4), (7,)], ids=str)
+@pytest.mark.parametrize('shape', [(4, 2), (2, 3), (3, 4), (7,)], ids=named)
 def test_the_wrong_number_of_axes_is_an_error_before_anything_is_drawn(shape):
     axs = mpl.figure.Figure().subplots(*shape)
     with pytest.raises(ValueError, match=f"`ax` must be an array of 2x4 axes, a row for each picture and layer, .*; got {'x'.join(map(str, shape))}"): show_attention(images(), maps(), POINTS, 'body.5', ax=axs)
@@ -487,7 +488,7 @@ def test_growth_is_drawn_on_one_scale():
 
 @pytest.mark.parametrize('t,n,want', [(13, 8, [0, 2, 3, 5, 7, 9, 10, 12]), (9, 3, [0, 4, 8]), (8, 8, list(range(8))), (3, 8, [0, 1, 2]), (7, 2, [0, 6]), (5, 1, [4]), (1, 8, [0]), (100, 8, [0, 14, 28, 42, 57, 71, 85, 99])])
 def test_at_most_n_are_drawn_the_first_and_the_last_among_them(t, n, want):
-    axs = show_attention_growth(image(), grown(t), (7, 20), n=n)
+    axs = show_attention_growth(image(), grown(t), (7, 20), max_n=n)
     assert [ax.get_title() for ax in axs] == [str(i) for i in want] and len(axs[0].figure.axes) == len(want) + 1
     top = grown(t)[want].max().item() * 15
     for ax, i in zip(axs, want):
@@ -495,18 +496,18 @@ def test_at_most_n_are_drawn_the_first_and_the_last_among_them(t, n, want):
         assert ax.images[1].get_clim()[1] == pytest.approx(max(2, top))
 
 
-@pytest.mark.parametrize('shape', [(3,), (1, 3), (3, 1)], ids=str)
+@pytest.mark.parametrize('shape', [(3,), (1, 3), (3, 1)], ids=named)
 def test_growth_goes_into_the_axes_given(shape):
     fig, axs = plt.subplots(*shape)
     plt.figure()
     before = state()
     got = show_attention_growth(image(), list(grown(3)), (7, 20), ax=axs)
     assert got.shape == (3,) and all(a is b for a, b in zip(got, axs.flat)) and state() == before and len(fig.axes) == 4
-    with pytest.raises(ValueError, match='`ax` must be an array of 2 axes, one for each map drawn; got'): show_attention_growth(image(), grown(5), (7, 20), n=2, ax=axs)
-    with pytest.raises(ValueError, match='got one'): show_attention_growth(image(), grown(1), (7, 20), n=2, ax=axs.flat[0])
+    with pytest.raises(ValueError, match='`ax` must be an array of 2 axes, one for each map drawn; got'): show_attention_growth(image(), grown(5), (7, 20), max_n=2, ax=axs)
+    with pytest.raises(ValueError, match='got one'): show_attention_growth(image(), grown(1), (7, 20), max_n=2, ax=axs.flat[0])
 
 
-@pytest.mark.parametrize('args,says', [(([], (7, 20)), 'got 0 maps'), ((grown(), (7, 20), ['a']), '5 maps, n=8 and 1 labels'), ((grown(), (7, 20), None, 0), 'n=0'), ((amap(), (7, 20)), r'`amap` \(mh, mw\), got \(33, 50\) and \(5,\)')], ids=range(4))
+@pytest.mark.parametrize('args,says', [(([], (7, 20)), 'got 0 maps'), ((grown(), (7, 20), ['a']), '5 maps, max_n=8 and 1 labels'), ((grown(), (7, 20), None, 0), 'n=0'), ((amap(), (7, 20)), r'`amap` \(mh, mw\), got \(33, 50\) and \(5,\)')], ids=range(4))
 def test_growth_that_cannot_be_drawn_makes_no_figure(args, says):
     with pytest.raises(ValueError, match=says): show_attention_growth(image(), *args)
     assert not plt.get_fignums()
@@ -722,7 +723,7 @@ def test_sites_go_into_the_ax_given_and_nowhere_else(unet, chosen):
     assert new is not plt.figure(2).gca() and len(plt.get_fignums()) == 3 and new.figure.axes == [new]
 
 
-@pytest.mark.parametrize('sites,chosen,says', [(CNN[4:], None, 'nothing to draw: none of `sites` has a map'), ([], None, 'nothing to draw'), (CNN, ['stem', 'x', 'a'], r'no site a, x: there are stem, body\.0, body\.1, pool'), (CNN, 'body', 'no site body: there are stem'), (CNN, [3], 'no site 3')], ids=str)
+@pytest.mark.parametrize('sites,chosen,says', [(CNN[4:], None, 'nothing to draw: none of `sites` has a map'), ([], None, 'nothing to draw'), (CNN, ['stem', 'x', 'a'], r'no site a, x: there are stem, body\.0, body\.1, pool'), (CNN, 'body', 'no site body: there are stem'), (CNN, [3], 'no site 3')], ids=named)
 def test_sites_that_are_not_there_are_named_and_no_figure_is_made(sites, chosen, says):
     with pytest.raises(ValueError, match=says): plot_sites(sites, chosen)
     assert not plt.get_fignums()

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Largest
+from conftest import Largest, named
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -33,7 +33,9 @@ from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAtten
 from fastai_selfattn.attention.ops import AttentionStats
 from fastai_selfattn.attention.kinds import attention_layers, attention_off, choose_layers, has_map
 from fastai_selfattn.quiet import bare_model
-from fastai_selfattn.seeing.record import AttentionRecorder, _cells, change_share, pictures, receptive_field
+from fastai_selfattn.seeing.field import receptive_field
+from fastai_selfattn.seeing.pictures import pictures
+from fastai_selfattn.seeing.record import AttentionRecorder, cells_of, change_share
 from fastai_selfattn.placement.unet import create_unet_model
 
 SIZES = {1: (42,), 2: (30, 42), 3: (6, 18, 30)}     # maps of a half and of a sixth of each side
@@ -178,7 +180,7 @@ def test_weights_and_modes_are_put_back_when_a_look_fails(cls, name):
 
 
 @pytest.mark.parametrize('make', [lambda: SelfAttention(16), lambda: SelfAttention(16, reduction=4, heads=2, pool=3), lambda: PooledSelfAttention2d(16), lambda: PaperSelfAttention(16, reduction=4, heads=4)], ids=['plain', 'heads and pool', 'pooled', 'paper'])
-@pytest.mark.parametrize('size', [(9, 14), (8, 5)], ids=str)
+@pytest.mark.parametrize('size', [(9, 14), (8, 5)], ids=named)
 def test_heads_and_pools_are_as_the_layer_weighs(make, size):
     torch.manual_seed(2)
     image = tuple(2 * s for s in size)
@@ -217,13 +219,13 @@ def test_vectors_of_fastais_layers_give_the_maps():
 def test_a_point_lands_in_the_cell_that_covers_it(sides):
     image, grid = [i for i, _, _ in sides], [m for _, m, _ in sides]
     point = [int(at * i) for i, _, at in sides]
-    idx, = _cells([point], image, grid)
+    idx, = cells_of([point], image, grid)
     for x, i, m, cell in zip(point, image, grid, np.unravel_index(idx, grid)): assert cell * i <= x * m < (cell + 1) * i     # of the m-th parts of i pixels
 
 
-@pytest.mark.parametrize('image,grid', [((30, 42), (5, 7)), ((31, 41), (5, 7)), ((9, 4), (9, 4)), ((4, 6), (8, 18))], ids=str)
+@pytest.mark.parametrize('image,grid', [((30, 42), (5, 7)), ((31, 41), (5, 7)), ((9, 4), (9, 4)), ((4, 6), (8, 18))], ids=named)
 def test_cells_share_out_the_image(image, grid):
-    idxs = torch.tensor(_cells([(r, c) for r in range(image[0]) for c in range(image[1])], image, grid)).view(image)
+    idxs = torch.tensor(cells_of([(r, c) for r in range(image[0]) for c in range(image[1])], image, grid)).view(image)
     want = F.interpolate(torch.arange(grid[0] * grid[1], dtype=torch.float64).view(1, 1, *grid), image, mode='nearest')[0, 0]
     assert torch.equal(idxs, want.long())
 
@@ -271,12 +273,12 @@ def test_ways_to_give_points(points):
 @pytest.mark.parametrize('points,says', [
     ([], r'at least one point.*got \[\]'), ('ab', "got 'ab'"), (torch.tensor(3), 'at least one point'), ({(0, 0)}, 'must be a list'), (0, 'got 0'), (-2, 'got -2'), (True, 'got True'), (2., r'got 2\.0'),
     ((3, 4), 'whole image pixels, got 3'), ([(0, 0), ()], r'got \(\)'), ([(1., 2)], r'got \(1.0, 2\)'), (torch.ones(2, 2), r'got \[1.0, 1.0\]'),
-    ([(True, 0)], r'got \(True, 0\)'), ([('1', 0)], r"got \('1', 0\)"), (['ab'], "got 'ab'")], ids=str)
+    ([(True, 0)], r'got \(True, 0\)'), ([('1', 0)], r"got \('1', 0\)"), (['ab'], "got 'ab'")], ids=named)
 def test_bad_points_are_named(points, says):
     with pytest.raises(ValueError, match=says): AttentionRecorder(net(), points)
 
 
-@pytest.mark.parametrize('point', [(30, 0), (0, 42), (-1, 0), (0, -1), (3,), (3, 4, 5), (41, 29)], ids=str)
+@pytest.mark.parametrize('point', [(30, 0), (0, 42), (-1, 0), (0, -1), (3,), (3, 4, 5), (41, 29)], ids=named)
 def test_a_point_off_the_image_is_named_and_nothing_runs(point):
     model, x = net(), images()
     before = copy.deepcopy(model.state_dict())
@@ -572,7 +574,7 @@ def test_parameters_buffers_modes_and_grads_stay(train):
     assert all(torch.equal(t, b[1][n]) for n, t in a[1].items()) and all(torch.equal(g[1], b[2][n][1]) for n, g in a[2].items() if g)
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=named)
 def test_autocast(dtype):
     model, x = net().eval(), images()
     with torch.autocast('cpu', dtype=dtype):
@@ -589,7 +591,7 @@ def test_autocast(dtype):
     assert all(c.dtype == torch.float32 for c in rec.changes.values())
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=named)
 def test_autocast_of_fastais_layers(dtype):
     model, x, points = mixed().train(), images(size=(32, 48)), [(0, 47), (13, 30)]
     outs = {}
@@ -603,7 +605,7 @@ def test_autocast_of_fastais_layers(dtype):
     close(rec.maps['3'].flatten(2), F.softmax(q @ k, -1)[:, [23, 6 * 24 + 15]], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=named)
 @pytest.mark.parametrize('mode', [contextlib.nullcontext, torch.no_grad, torch.inference_mode], ids=['grad', 'no grad', 'inference'])
 def test_results_are_float32_on_the_cpu_and_hold_no_graph(dtype, mode):
     model = mixed().to(dtype).eval()
@@ -798,7 +800,7 @@ class Shares(DataParallel):
         if errors: raise errors[0]
         return torch.cat([outs[i] for i in sorted(outs)])
 
-@pytest.mark.parametrize('ids', [(0, 1, 2), (2, 0, 1), (10, 9, 3)], ids=str)
+@pytest.mark.parametrize('ids', [(0, 1, 2), (2, 0, 1), (10, 9, 3)], ids=named)
 @pytest.mark.parametrize('make,size', [(net, (30, 42)), (mixed, (32, 48))], ids=['ours', "and fastai's"])
 def test_a_batch_that_is_shared_out_is_put_together_in_order(make, size, ids):
     model, x = make().eval(), images(bs=7, size=size)              # parts of 3, 3 and 1
@@ -912,7 +914,7 @@ def test_a_function_that_is_compiled(counts):
 
 # attention_off
 
-@pytest.mark.parametrize('layers', [None, ['9', '2', '4'], '1'], ids=str)
+@pytest.mark.parametrize('layers', [None, ['9', '2', '4'], '1'], ids=named)
 def test_attention_off_is_gamma_zero(layers):
     model, x = mixed().eval(), images(size=(32, 48)).requires_grad_()
     before, y = as_it_was(model), model(x)
@@ -1034,7 +1036,7 @@ def test_receptive_field_inside_a_classifier():
     (dict(x=images()[0, 0]), TypeError, r'`x` must be a batch of images \(bs, c, h, w\), got \(30, 42\)'), (dict(x=[1]), TypeError, 'got list'),
     (dict(share=0), ValueError, '`share` must lie between 0 and 1, got 0'), (dict(share=1.), ValueError, 'got 1.0'), (dict(point=(30, 0)), ValueError, r'\(30, 0\) is not on the image of 30x42'),
     (dict(point=(1.5, 0)), ValueError, 'whole image pixels'), (dict(point=3), ValueError, 'got 3'), (dict(channel=8), ValueError, '`channel` must be 0 to 7, got 8'), (dict(channel=-1), ValueError, 'got -1'),
-    (dict(layers='2'), ValueError, 'no attention layer 2: there are 1, 5'), (dict(module='9'), AttributeError, '9')], ids=str)
+    (dict(layers='2'), ValueError, 'no attention layer 2: there are 1, 5'), (dict(module='9'), AttributeError, '9')], ids=named)
 def test_bad_input_of_receptive_field_is_named_and_the_model_stays(kwargs, error, says):
     model = net().train()
     model(images())
@@ -1120,7 +1122,7 @@ def test_pictures_of_the_validation_set_and_of_files(files):
     learn = learner(files)
     p = check(pictures(learn), files[5:8])
     assert p.items == files[5:8] and p.names == ['05.png', '06.png', '07.png']
-    assert len(check(pictures(learn, n=99), files[5:]).items) == 4                       # more than there are
+    assert len(check(pictures(learn, max_n=99), files[5:]).items) == 4                       # more than there are
     p = check(pictures(learn, [files[7], str(files[0])], n=1), [files[7], files[0]])
     assert p.names == ['07.png', '00.png'] and p.items == [files[7], str(files[0])]
     for one in (files[3], str(files[3])): assert check(pictures(learn, one), [files[3]]).names == ['03.png']
@@ -1144,7 +1146,7 @@ def test_pictures_of_a_batch_as_the_model_takes_it(files):
 def test_pictures_of_a_table(files):
     df = pd.DataFrame(dict(name=[f.name for f in files], label=[label(f) for f in files]))
     learn = learner(files, get_x=ColReader('name', pref=f'{files[0].parent}/'), get_y=ColReader('label'), source=df)
-    p = check(pictures(learn, n=2), files[5:7])
+    p = check(pictures(learn, max_n=2), files[5:7])
     assert p.names == ['picture 0', 'picture 1'] and [row['name'] for row in p.items] == ['05.png', '06.png']
     p = check(pictures(learn, df.iloc[[8, 1]]), [files[8], files[1]])
     assert [row['name'] for row in p.items] == ['08.png', '01.png']
@@ -1167,11 +1169,11 @@ def test_pictures_of_plain_data_without_items(loader):
     p = pictures(learn)
     want = torch.stack([t for t, _ in tensors()[1:4]])
     assert torch.equal(p.x, want) and torch.equal(p.images, want) and p.names == ['picture 0', 'picture 1', 'picture 2']
-    assert len(pictures(learn, n=99).names) == 4                                          # a batch
+    assert len(pictures(learn, max_n=99).names) == 4                                          # a batch
     p = pictures(learn, want[:2] * 7 - 3)                                                 # of any range: as wide as can be
     assert torch.equal(p.x, want[:2] * 7 - 3)
     for a, b in zip(p.images, want): close(a, (b - b.min()) / (b.max() - b.min()), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match='no pictures'): pictures(learn, n=0)
+    with pytest.raises(ValueError, match='no pictures'): pictures(learn, max_n=0)
 
 def learner_model(c): return nn.Sequential(nn.Conv2d(c, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
 
@@ -1204,7 +1206,7 @@ def test_training_goes_on_as_without_pictures(files, look, plain):
     assert len(want) == len(got) > 6 and all(torch.equal(a, b) for a, b in zip(want, got))
 
 
-@pytest.mark.parametrize('size', [64, (0, 64), (6.4, 64), '64', ()], ids=str)
+@pytest.mark.parametrize('size', [64, (0, 64), (6.4, 64), '64', ()], ids=named)
 def test_image_size_is_checked_at_once(size):
     with pytest.raises(ValueError, match='`image_size` must be'): AttentionRecorder(net(), 'center', image_size=size)
 

@@ -35,9 +35,10 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet18
 
-from conftest import bin_dir, contents
-from fastai_selfattn.seeing import callbacks
-from fastai_selfattn.seeing.callbacks import AttentionMapLogger, GammaLogger
+from conftest import bin_dir, contents, named
+from fastai_selfattn.seeing import gamma_logger, map_logger
+from fastai_selfattn.seeing.gamma_logger import GammaLogger
+from fastai_selfattn.seeing.map_logger import AttentionMapLogger
 from fastai_selfattn.attention.kinds import short_names
 from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention
 from fastai_selfattn.seeing.record import AttentionRecorder
@@ -115,7 +116,7 @@ def values_by_name(learn, row=-1): return dict(zip(learn.recorder.metric_names, 
 @pytest.mark.parametrize('make,names,recorder,metrics', [
     (one, ['gamma'], {}, ()), (pixels, COLUMNS, {}, (mae, mse)), (pixels, COLUMNS, dict(add_time=False), ()), (one, ['gamma'], dict(add_time=False), (mae,)),
     (pixels, COLUMNS, dict(train_metrics=True), (mae, mse)), (pixels, COLUMNS, dict(train_metrics=True, add_time=False), (mae,)),
-    (pixels, COLUMNS, dict(train_metrics=True, valid_metrics=False), (mae, mse))], ids=str)
+    (pixels, COLUMNS, dict(train_metrics=True, valid_metrics=False), (mae, mse))], ids=named)
 def test_columns_and_values_line_up(tmp_path, make, names, recorder, metrics):
     tables = []
     for logger in (None, GammaLogger):
@@ -622,7 +623,7 @@ def test_exported_untrained(tmp_path):
 DISTRIBUTED = '''
 import json, os, torch
 import fastai.distributed as distributed
-from test_callbacks import *
+from test_loggers import *
 
 def broadcast(self, t, rank):     # fastai's goes through a GPU
     t = torch.tensor(t)
@@ -630,7 +631,7 @@ def broadcast(self, t, rank):     # fastai's goes through a GPU
     return t.tolist()
 
 distributed.DistributedDL._broadcast = broadcast
-maps = AttentionMapLogger(n=1, path='maps')
+maps = AttentionMapLogger(max_n=1, path='maps')
 learn = segment([Path(f) for f in json.loads(Path('files.json').read_text())], Path('.'), GammaLogger(), maps)
 with learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, 2), fit(learn, 1)
 rank = os.environ['RANK']
@@ -738,7 +739,7 @@ def test_early_stopping_ends_with_a_record(tmp_path, files):
 
 
 def test_layers_and_random_points(tmp_path, files):
-    logger = AttentionMapLogger(points=3, layers='4', n=1, seed=4)
+    logger = AttentionMapLogger(points=3, layers='4', max_n=1, seed=4)
     learn = segment(files, tmp_path, logger)
     learn.fit(1, .01)
     points = logger._seen[0].points
@@ -811,7 +812,7 @@ def test_folder(alone, files):
 
 
 def test_a_folder_that_is_gone_stays_gone_in_validation(tmp_path, files):
-    learn = segment(files, tmp_path, AttentionMapLogger(path=tmp_path / 'maps', n=1, layers='1'))
+    learn = segment(files, tmp_path, AttentionMapLogger(path=tmp_path / 'maps', max_n=1, layers='1'))
     learn.fit(1)
     shutil.rmtree(tmp_path / 'maps')
     learn.validate(), learn.get_preds(), learn.lr_find(num_it=4, show_plot=False)
@@ -838,7 +839,7 @@ def test_overlays_show_the_map_and_the_point(tmp_path, files):
 # --- lr_find, get_preds, errors
 
 def test_lr_find_and_get_preds_record_nothing(tmp_path, files):
-    loggers = [GammaLogger(), AttentionMapLogger(path=tmp_path / 'maps', n=1, layers='1')]
+    loggers = [GammaLogger(), AttentionMapLogger(path=tmp_path / 'maps', max_n=1, layers='1')]
     learn = segment(files, tmp_path, *loggers)
     learn.lr_find(num_it=4, show_plot=False), learn.get_preds(), learn.validate()
     assert not len(loggers[0].history) and not loggers[1]._seen and not (tmp_path / 'maps').exists()
@@ -853,7 +854,7 @@ def test_map_logger_refuses(kwargs, match):
 
 
 @pytest.mark.parametrize('kwargs,match', [(dict(points=[(3, 14)]), r'\(3, 14\) is not on (an|the) image of 10x14'), (dict(points=[(1, 2, 3)]), 'not on'), (dict(points=[]), 'points'), (dict(points='corner'), 'points'),
-                                          (dict(points=141), '141 different points'), (dict(layers='9'), 'no attention layer 9'), (dict(items=[]), 'no pictures'), (dict(items=[Path('none.png')]), 'none.png')], ids=str)
+                                          (dict(points=141), '141 different points'), (dict(layers='9'), 'no attention layer 9'), (dict(items=[]), 'no pictures'), (dict(items=[Path('none.png')]), 'none.png')], ids=named)
 def test_errors_before_training_leave_learner_and_disk_as_they_were(tmp_path, files, kwargs, match):
     learn = segment(files, tmp_path, GammaLogger(), CSVLogger())
     (tmp_path / 'history.csv').write_text('of an earlier run')
@@ -865,7 +866,7 @@ def test_errors_before_training_leave_learner_and_disk_as_they_were(tmp_path, fi
 
 
 def test_never_over_other_maps(tmp_path, files):
-    one, two = (AttentionMapLogger(path=tmp_path / 'maps', n=1, layers='1') for _ in range(2))
+    one, two = (AttentionMapLogger(path=tmp_path / 'maps', max_n=1, layers='1') for _ in range(2))
     (tmp_path / 'maps').mkdir()                       # an empty folder is fine
     learn = segment(files, tmp_path)
     learn.fit(1, cbs=one)
@@ -900,7 +901,7 @@ def test_growth_and_gif(tmp_path, files):
             with pytest.raises(ValueError, match=match): f(**kwargs)
     assert not (tmp_path / 'a.gif').exists()
     _, epochs, gamma, maps = logger.maps('4')
-    axs = logger.show_growth(1, 1, '4', n=3)
+    axs = logger.show_growth(1, 1, '4', max_n=3)
     assert len(axs) == 3
     shown = [0, 2, 3] if '2' in axs[1].get_title() else [0, 1, 3]
     for ax, e in zip(axs, shown):
@@ -959,7 +960,7 @@ def test_weights_and_biases(alone, files, monkeypatch):
     (alone / 'wandb_run').mkdir()
     import fastai.callback.wandb, wandb
     monkeypatch.setattr(fastai.callback.wandb, '_format_config', lambda config: config.clear())     # fails with any Learner: https://github.com/fastai/fastai/issues/4173
-    loggers, spy = [GammaLogger(), AttentionMapLogger(every=2, n=1)], Spy()
+    loggers, spy = [GammaLogger(), AttentionMapLogger(every=2, max_n=1)], Spy()
     learn = segment(files, alone / 'cwd', *loggers, spy)
     wandb.init(project='gamma', settings=wandb.Settings(console='off'))
     try: learn.fit(3, .01, cbs=fastai.callback.wandb.WandbCallback(log_preds=False))
@@ -1004,7 +1005,7 @@ def test_training_is_the_same_bit_by_bit(tmp_path, files, make):
     set_seed(6)
     assert not torch.equal(plain[-3], torch.get_rng_state()) and equal(plain, train())     # random numbers are drawn, and training can be repeated
     for cbs in ([GammaLogger()], [GammaLogger(every=2), AttentionMapLogger()], [AttentionMapLogger(files[:1], points=3, layers='*1' if make is segmenter else '3', path=tmp_path / 'maps'), GammaLogger()]): assert equal(plain, train(*cbs)), cbs
-    assert equal(train(board(tmp_path / 'a')), train(board(tmp_path / 'b'), GammaLogger(), AttentionMapLogger(n=1)))
+    assert equal(train(board(tmp_path / 'a')), train(board(tmp_path / 'b'), GammaLogger(), AttentionMapLogger(max_n=1)))
     learn = segment(files, tmp_path, make=make, tfms=False)
     learn.fit(3, .01)
     assert not equal(plain[:1], everything(learn)[:1])                                        # augmentation does something
@@ -1044,7 +1045,7 @@ def sabotaged(tmp_path, files, f, fragment):
     plain = segment(files, tmp_path)
     plain.fit(3, .01)
     plain = everything(plain)
-    logger = AttentionMapLogger(path=tmp_path / 'maps', n=1, layers='4')
+    logger = AttentionMapLogger(path=tmp_path / 'maps', max_n=1, layers='4')
     learn = segment(files, tmp_path, GammaLogger(), logger, Sabotage(f))
     with pytest.warns(UserWarning, match=fragment) as seen: learn.fit(3, .01)
     assert len([w for w in seen if 'training goes on' in str(w.message)]) == 1 and equal(plain, everything(learn)) and clean(learn.model)
@@ -1076,13 +1077,13 @@ def test_an_error_in_the_recorder(tmp_path, files, monkeypatch):
         def __exit__(self, *exc):
             super().__exit__(*exc)
             raise ZeroDivisionError('broken')
-    learn, logger = sabotaged(tmp_path, files, lambda: monkeypatch.setattr(callbacks, 'AttentionRecorder', Broken), 'maps cannot be recorded, training goes on: broken')
+    learn, logger = sabotaged(tmp_path, files, lambda: monkeypatch.setattr(map_logger, 'AttentionRecorder', Broken), 'maps cannot be recorded, training goes on: broken')
     assert logger.maps()[1] == [0, 1]
 
 
 def test_an_error_in_the_change_of_the_features(tmp_path, files, monkeypatch):
     def broken(x, out): raise ZeroDivisionError('broken')
-    monkeypatch.setattr(callbacks, 'change_share', broken)
+    monkeypatch.setattr(gamma_logger, 'change_share', broken)
     learn = segment(files, tmp_path, GammaLogger())
     with pytest.warns(UserWarning, match='change of the features is not logged: broken') as seen: learn.fit(2, .01)
     assert len([w for w in seen if 'GammaLogger' in str(w.message)]) == 1
@@ -1094,13 +1095,13 @@ def test_an_error_in_the_change_of_the_features(tmp_path, files, monkeypatch):
 def test_pictures_that_tensorboard_does_not_take(tmp_path, files, monkeypatch):
     from torch.utils.tensorboard import SummaryWriter
     monkeypatch.setattr(SummaryWriter, 'add_image', no_space)
-    logger = AttentionMapLogger(n=1)
+    logger = AttentionMapLogger(max_n=1)
     learn = segment(files, tmp_path, logger)
     with pytest.warns(UserWarning, match='no pictures for TensorBoard, training goes on: .*No space left') as seen: learn.fit(2, .01, cbs=board(tmp_path / 'board'))
     assert len([w for w in seen if 'AttentionMapLogger' in str(w.message)]) == 1 and logger.maps()[1] == [0, 1, 2]
 
 
 @pytest.mark.parametrize('kwargs,error,says', [(dict(points='corner'), ValueError, "got 'corner'"), (dict(points=[(1.5, 2)]), ValueError, r'got \(1.5, 2\)'), (dict(points=0), ValueError, 'got 0'),
-                                               (dict(layers=3), TypeError, '`layers` must be names'), (dict(layers=[3]), TypeError, '`layers` must be names')], ids=str)
+                                               (dict(layers=3), TypeError, '`layers` must be names'), (dict(layers=[3]), TypeError, '`layers` must be names')], ids=named)
 def test_wrong_points_and_layers_are_named_at_construction(kwargs, error, says):
     with pytest.raises(error, match=says): AttentionMapLogger(**kwargs)
