@@ -259,3 +259,12 @@ def attention_off(
         stack.enter_context(eagerly())
         for m in choose_layers(model, layers).values(): stack.callback(m.register_forward_hook(_Off(), with_kwargs=True).remove)
         yield model_and_learner(model)[0]
+
+# %% ../../nbs/api/attention/kinds.ipynb #9042309d
+def cost_of(
+    layer:nn.Module, # any module
+    size:tuple[int,...], # of the map, in cells
+)->int|None: # multiply-adds of a forward pass of one image; None if nobody said
+    "What a forward pass of `layer` costs, as its class was registered"
+    kind = _kind(layer)
+    return kind.cost(layer, size) if kind and kind.cost else None

@@ -373,7 +373,7 @@ def test_where(where, max_side, want):
 
 
 @pytest.mark.parametrize('where,error,says', [('decoder.7', ValueError, 'no site matches .decoder.7.'), (['middle', 'nothing.*'], ValueError, 'no site matches .nothing'), (lambda s: False, ValueError, 'no site matches'),
-                                              (3, TypeError, '`where` must be'), (None, ValueError, 'give `where` or `max_side`'), ([], TypeError, '`where` must be'), (False, TypeError, '`where` must be')], ids=str)
+                                              (3, TypeError, '`where` must be'), (None, ValueError, 'give `where`, `max_side` or `side`'), ([], TypeError, '`where` must be'), (False, TypeError, '`where` must be')], ids=str)
 def test_where_that_means_nothing_shows_the_table(where, error, says):
     model = unet()
     before = tree(model)

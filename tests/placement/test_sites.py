@@ -778,14 +778,14 @@ def test_the_same_path_is_chosen_once(sites):
 @pytest.mark.parametrize('where,max_side,says', [
     ('decoder.9', None, "no site matches 'decoder.9'"), ('encoder', None, "no site matches 'encoder'"), ('layers.0.*.*.*.*.*', None, 'no site matches'), ('Middle', None, "no site matches 'Middle'"), ('', None, "no site matches ''"), ('layers.0.7.*.conv9', None, 'no site matches'),
     (['middle', 'decoder.9'], None, "no site matches 'decoder.9'"), (['middle', 'x*'], None, r"no site matches 'x\*'"), (lambda s: False, None, 'no site matches where=<function'), (None, 2, 'no site matches where=None, max_side=2'), ('decoder.*', 3, r"no site matches where='decoder.\*', max_side=3"),
-    (True, 11, 'no site matches where=True, max_side=11'), (None, None, 'give `where` or `max_side`')], ids=str)
+    (True, 11, 'no site matches where=True, max_side=11'), (None, None, 'give `where`, `max_side` or `side`')], ids=str)
 def test_names_that_fit_nothing(sites, where, max_side, says):
     with pytest.raises(ValueError, match=says) as e: sites.match(where, max_side)
     if where or max_side is not None: assert repr(sites) in str(e.value) and 'any module path of this model' in str(e.value)
 
 
 @pytest.mark.parametrize('where,max_side,got', [(3, None, 'got 3'), (False, None, 'got False'), (1, None, 'got 1'), ([], None, r'got \[\]'), (['middle', 3], None, 'got 3'), ([None], None, 'got None'), (2.5, 20, 'got 2.5'), ({}, None, r'got \{\}'), (b'middle', None, "got b'middle'"),
-                                                ('middle', '12', "`max_side` must be an int, got '12'"), (None, 3., 'got 3.0'), (None, True, 'got True')], ids=str)
+                                                ('middle', '12', "`max_side` must be 0 or more cells, got '12'"), (None, 3., 'got 3.0'), (None, True, 'got True')], ids=str)
 def test_wrong_types(sites, where, max_side, got):
     with pytest.raises(TypeError, match=got): sites.match(where, max_side)
 
