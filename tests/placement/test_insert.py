@@ -31,7 +31,10 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
 from fastai_selfattn.placement import insert as insert_module
 from fastai_selfattn import learner  # noqa: F401  patches `Learner`
 from fastai_selfattn.seeing.callbacks import GammaLogger
-from fastai_selfattn.placement.insert import AttentionParams, AttentionSplitter, insert_attention, inserted_layers, remove_attention
+from fastai_selfattn.placement import optim as optim_module
+from fastai_selfattn.placement.insert import insert_attention, remove_attention
+from fastai_selfattn.placement.optim import AttentionHooks, AttentionSplitter, inserted_layers
+from fastai_selfattn.placement.skips import LetGo
 from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention
 from fastai_selfattn.placement.sites import attention_sites
 
@@ -113,10 +116,12 @@ def made(name):
         if isinstance(m, nn.BatchNorm2d): nn.init.uniform_(m.weight, .5, 1.5)     # some start at 0, and let nothing through
     return model, where, size, image(size=size)
 
+LET_GO = 'let go of skips'     # stays in a U-Net for good
+
 def tree(model):
     "All that a model is made of"
     return ([(n, id(m), m.training, type(m)) for n, m in model.named_modules(remove_duplicate=False)], [(n, id(p), p.requires_grad) for n, p in model.named_parameters(remove_duplicate=False)],
-            {(n, k): [(i, id(h)) for i, h in v.items()] for n, m in model.named_modules() for k, v in vars(m).items() if 'hook' in k and v and isinstance(v, dict)})
+            {(n, k): [(i, id(h)) for i, h in v.items() if i != LET_GO] for n, m in model.named_modules() for k, v in vars(m).items() if 'hook' in k and isinstance(v, dict) and {*v} - {LET_GO}})
 
 def values(model): return {k: v.clone() for k, v in nn.Module.state_dict(model).items()}
 
@@ -210,10 +215,11 @@ def test_a_skip_reads_what_attention_made(where, how):
     insert_attention(model, where, how, size=SIZE)
     layer, = inserted_layers(use(model)).values()
     seen = []
-    handle = layer.register_forward_hook(lambda m, args, out: seen.append(out))
+    block = [m for m in model.layers if hasattr(m, 'shuf')][len(model.sfs) - 1 - stages.index(where)]          # the skips, from the bottom up
+    handles = [layer.register_forward_hook(lambda m, args, out: seen.append(out)), block.register_forward_pre_hook(lambda m, args: seen.append(m.hook.stored))]
     predict(model, x)
-    handle.remove()
-    assert model.sfs[len(model.sfs) - 1 - stages.index(where)].stored is seen[0]          # the skips, from the bottom up
+    for h in handles: h.remove()
+    assert seen[0] is seen[1]
     want = predict(model, x)
     nn.init.constant_(layer.gamma, 1.)
     assert not torch.equal(predict(model, x), want)
@@ -302,8 +308,8 @@ def test_device_of_the_place():
 def test_device_is_that_of_the_map():
     "Seen without a GPU: the layer is made for the device that the site tells"
     site = attention_sites(plain(), SIZE).every['stem']._replace(device=torch.device('meta'))
-    made = insert_module._make(lambda c: nn.Conv2d(c, c, 1), site, nn.Identity(), False, {})
-    assert made.weight.device.type == 'meta'
+    made, is_identity = insert_module._make(lambda c: nn.Conv2d(c, c, 1), site, nn.Identity(), False, {})
+    assert made.weight.device.type == 'meta' and is_identity is None
 
 
 def test_a_new_layer_is_normalised_from_the_start():
@@ -330,7 +336,7 @@ def smaller(c): return nn.MaxPool2d(2)
 def pair(c): return nn.LSTM(4, 4)
 def wants_64(c): return nn.Conv2d(64, 64, 1)
 
-@pytest.mark.parametrize('layer,args,says', [(not_a_module, {}, 'it gave a int, not a module'), (too_few, {}, r'it makes \(1, 23, 4, 4\) out of \(1, 24, 4, 4\)'), (smaller, {}, r'it makes \(1, 24, 2, 2\)'),
+@pytest.mark.parametrize('layer,args,says', [(not_a_module, {}, 'it gave a int, not a module'), (too_few, {}, r'it makes \(1, 23, 16, 20\) out of \(1, 24, 16, 20\)'), (smaller, {}, r'it makes \(1, 24, 8, 10\)'),
                                              (pair, {}, 'LSTM|tuple|RuntimeError|pair'), (wants_64, {}, 'wants_64 does not fit at stem .24 channels, map 16x20.: RuntimeError'),
                                              (SelfAttention, dict(heads=2), '`heads=2` must divide'), (SelfAttention, dict(colour='red'), 'TypeError: .*colour'), (SelfAttention, dict(reduction=0), '`reduction` must be 1 or more')], ids=str)
 @pytest.mark.parametrize('how', ['append', 'replace'])
@@ -542,11 +548,13 @@ def failing(f, at, error):
 def learn_state(learn):
     opt = learn.opt
     return (learn.splitter, list(learn.cbs), opt and [[id(p) for p in g] for g in opt.param_lists], opt and opt.hypers, opt and sorted((id(p), {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in s.items()}) for p, s in opt.state.items() if s),
-            [p.requires_grad for p in learn.model.parameters()], getattr(learn, 'attention_params', None))
+            [p.requires_grad for p in learn.model.parameters()], getattr(learn, 'attention_hooks', None))
 
 def flat(state): return repr(state)
 
-STEPS = ['_make', '_append', '_replace', '_check_runs', '_watch', '_regroup', '_groups', '_report']
+STEPS = ['_make', '_append', '_replace', 'let_go', '_check_runs', 'watch', 'regroup', '_groups', '_set_lists', '_forget', '_welcome', '_report']
+
+def where_is(step): return insert_module if hasattr(insert_module, step) else optim_module
 
 @pytest.mark.parametrize('step,at', [(s, at) for s in STEPS for at in (1, -1, 2)])
 @pytest.mark.parametrize('how', ['append', 'replace'])
@@ -555,23 +563,23 @@ def test_a_failure_at_any_step_of_inserting(monkeypatch, step, at, how):
     learn = fitted(split=True)
     learn.freeze(), fit(learn)
     before, known = tree(learn.model), flat(learn_state(learn))
-    monkeypatch.setattr(insert_module, step, failing(getattr(insert_module, step), at, error))
+    monkeypatch.setattr(where_is(step), step, failing(getattr(where_is(step), step), at, error))
     try: insert_attention(learn, ['1', '3'], how)
     except (Fault, ValueError, KeyboardInterrupt) as e: assert e is error or e.__cause__ is error
     else:
-        assert (step, how) in [('_append', 'replace'), ('_replace', 'append')] or at == 2 and step in ('_check_runs', '_watch', '_regroup', '_groups', '_report')
+        assert (step, how) in [('_append', 'replace'), ('_replace', 'append')] or at == 2 and step in STEPS[3:]
         return
     assert tree(learn.model) == before and flat(learn_state(learn)) == known
 
 
-@pytest.mark.parametrize('step,at', [(s, at) for s in ('_take_out', '_watch', '_regroup', '_groups', '_report') for at in (1, -1, 2, -2)])
+@pytest.mark.parametrize('step,at', [(s, at) for s in ('_take_out', 'watch', 'regroup', '_groups', '_set_lists', '_forget', '_welcome', '_report') for at in (1, -1, 2, -2)])
 @pytest.mark.parametrize('how', ['append', 'replace'])
 def test_a_failure_at_any_step_of_removing(monkeypatch, step, at, how):
     learn = fitted(split=True)
     insert_attention(learn, ['1', '3'], how)
     learn.freeze(), fit(learn)
     before, known = tree(learn.model), flat(learn_state(learn))
-    monkeypatch.setattr(insert_module, step, failing(getattr(insert_module, step), at, Fault()))
+    monkeypatch.setattr(where_is(step), step, failing(getattr(where_is(step), step), at, Fault()))
     if abs(at) == 2 and step != '_take_out': return
     with pytest.raises(Fault): remove_attention(learn)
     assert tree(learn.model) == before and flat(learn_state(learn)) == known
@@ -779,7 +787,7 @@ def test_lr_find_summary_and_gamma_logger(capsys):
     with learn.no_bar(): learn.lr_find(num_it=4, show_plot=False)
     assert all(torch.equal(v, state[k]) for k, v in learn.model.state_dict().items() if not k.endswith(('_u', '_v', 'num_batches_tracked'))) and not any(gammas(learn))
     with learn.no_bar(): summary = str(learn.summary())
-    assert sum(p.numel() for n, p in learn.model.named_parameters() if 'gamma' not in n) == int(re.search(r'Total params: ([\d,]+)', summary)[1].replace(',', '')) and 'AttentionParams' in summary     # fastai counts what lies in leaves
+    assert sum(p.numel() for n, p in learn.model.named_parameters() if 'gamma' not in n) == int(re.search(r'Total params: ([\d,]+)', summary)[1].replace(',', '')) and 'AttentionHooks' in summary     # fastai counts what lies in leaves
     fit(learn)
     assert list(learn.gamma_logger.history.columns[2:4]) == ['gamma_1.3', 'gamma_3.2'] and (learn.gamma_logger.history.iloc[-1, 2:4] == gammas(learn)).all()
 
@@ -800,8 +808,8 @@ def zero(pred, y): return 0 * pred.sum()
 
 @pytest.mark.parametrize('decays', [False, True])
 @pytest.mark.parametrize('when', ['before', 'after'])
-def test_gamma_is_left_out_of_weight_decay_as_biases_are(decays, when):
-    "The loss has no gradient, so only weight decay moves a weight"
+def test_gamma_decays_as_weights_do(decays, when):
+    "As with `self_attention=True`, which is fastai's training. The loss has no gradient, so only weight decay moves a weight"
     learn = make(SGD, split, wd_bn_bias=decays)
     learn.loss_func = zero
     if when == 'after': fit(learn)
@@ -809,10 +817,8 @@ def test_gamma_is_left_out_of_weight_decay_as_biases_are(decays, when):
     use(learn.model)
     bias, weight = learn.model[6].bias.detach().clone(), learn.model.get_parameter('1.3.value.0.weight_orig').detach().clone()
     fit(learn, 1, .1, wd=.5)
-    assert (gammas(learn)[0] == .5) == torch.equal(learn.model[6].bias, bias) == (not decays) and not torch.equal(learn.model.get_parameter('1.3.value.0.weight_orig'), weight)
-    learn.freeze(), learn.unfreeze(), learn.create_opt()
-    fit(learn, 1, .1, wd=.5)
-    assert (gammas(learn)[0] == .5) == (not decays)
+    assert gammas(learn)[0] == pytest.approx(.5 * .95**4) and torch.allclose(learn.model.get_parameter('1.3.value.0.weight_orig'), weight * .95**4)
+    assert torch.equal(learn.model[6].bias, bias) == (not decays)
 
 
 def test_a_new_layers_norms_are_treated_as_fastai_treats_norms():
@@ -830,9 +836,9 @@ def test_removing_gives_back_the_learner():
     for how in ('append', 'replace'):
         learn.insert_attention(['1', '3'], how)
         learn.remove_attention('3')
-        assert isinstance(learn.splitter, AttentionSplitter) and any(isinstance(cb, AttentionParams) for cb in learn.cbs)
+        assert isinstance(learn.splitter, AttentionSplitter) and any(isinstance(cb, AttentionHooks) for cb in learn.cbs)
         learn.remove_attention()
-        assert tree(learn.model) == before and learn.splitter is split and not any(isinstance(cb, AttentionParams) for cb in learn.cbs) and not hasattr(learn, 'attention_params')
+        assert tree(learn.model) == before and learn.splitter is split and not any(isinstance(cb, AttentionHooks) for cb in learn.cbs) and not hasattr(learn, 'attention_hooks')
         assert [[id(p) for p in g] for g in learn.opt.param_lists] == [[id(p) for p in g] for g in split(learn.model)] and ids(learn.opt.state) == ids(learn.model.parameters())
         if how == 'append': assert flat(learn_state(learn)) == known
     fit(learn)

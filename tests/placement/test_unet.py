@@ -23,7 +23,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from fastai_selfattn import learner as learner_module  # noqa: F401  patches `Learner`
-from fastai_selfattn.placement.insert import insert_attention, inserted_layers, remove_attention
+from fastai_selfattn.placement.insert import insert_attention, remove_attention
+from fastai_selfattn.placement.optim import inserted_layers
 from fastai_selfattn.attention.layers import PooledSelfAttention2d, SelfAttention
 from fastai_selfattn.attention.kinds import attention_layers
 from fastai_selfattn.walls.rooms import make_rooms
