@@ -77,21 +77,22 @@ def _move_slow_weights(opt, before, groups, undo):
     opt.slow_weights = [[slow[p] if p in slow else p.clone().detach() for p in g] for g in groups]
 
 # %% ../../nbs/api/placement/optim.ipynb #7a0cffa5
-def _state(opt):
-    "What `opt` knows of each parameter, with an empty entry for any that is new"
-    opt = getattr(opt, 'opt', opt)     # inside of `Lookahead` and `OptimWrapper`
+def _inner(opt): return getattr(opt, 'opt', opt)     # what `Lookahead` and `OptimWrapper` are around
+
+def _mend_state(opt):
+    "Let `opt` have an empty entry for any parameter that is new to it"
+    opt = _inner(opt)
     if not isinstance(opt.state, defaultdict): opt.state = defaultdict(dict, opt.state)
-    return opt.state
 
 def _forget(opt, gone, undo):
-    "Take the parameters in `gone` out of the state of `opt`"
-    state = _state(opt)
+    "Take the parameters in `gone` out of what `opt` knows"
+    state = _inner(opt).state
     for p in gone:
         if p in state: undo.callback(state.__setitem__, p, state.pop(p))
 
 def _welcome(learn, opt, new, undo):
     "Flags for the parameters in `new`, as `Learner.create_opt` sets them; and train those whose group trains"
-    state = _state(opt)
+    state = opt.state     # of an `OptimWrapper` its own: PyTorch's optimizers know no flags
     for p in new: undo.callback(state.pop, p, None)
     no_decay = norm_bias_params(learn.model, True) if not learn.wd_bn_bias else []
     always = norm_bias_params(learn.model, False) if learn.train_bn else []
@@ -110,6 +111,7 @@ def regroup(
     "Let the optimizer of `learn` train what is in the model now"
     for opt in _optimizers(learn):
         before,groups = [list(g) for g in opt.param_lists],_groups(learn, opt)
+        _mend_state(opt)
         old,now = ({p for g in gs for p in g} for gs in (before,groups))
         _move_slow_weights(opt, before, groups, undo)
         _set_lists(opt, groups, undo)
