@@ -85,7 +85,7 @@ def _site(path, calls, attention, nd, layers=()):
     channels,size = (c.shape[1],c.shape[2:]) if len(c.shape) == nd+2 else (0,())
     around = next((f'part of the attention layer {a}' for a in layers if path.startswith(f'{a}.')), '')
     return Site(path, path, channels, size, into=c.into_shape[1:] if c.into else (), calls=len(cs), has=attention.get(c.out, ''),
-                reason=_reason(cs, nd) or around, number=c.out, dtype=c.like.dtype, device=c.like.device)
+                reason=around or _reason(cs, nd), number=c.out, dtype=c.like.dtype, device=c.like.device)
 
 # %% ../../nbs/api/placement/sites.ipynb #fc1c4d9f
 def _is_whole(path, calls, nd):

@@ -642,8 +642,9 @@ def test_layers_that_nobody_here_wrote(name, capsys):
     model, x = plain(), image()
     y = predict(model, x)
     names = insert_attention(model, ['stem', 'block'], layer=layer, size=SIZE)
-    assert torch.equal(predict(model, x), y) == is_identity == ('predictions change' not in capsys.readouterr().out)
-    out(model.train(), x).square().mean().backward()
+    assert torch.allclose(predict(model, x), y, rtol=0, atol=1e-6) == is_identity == (     # some give another memory format, and so other last bits
+        'predictions change' not in capsys.readouterr().out)
+    out(model.eval(), x).square().mean().backward()     # running statistics stay as they are
     assert all(p.grad is not None for n in names for p in model.get_submodule(n).parameters())
     assert remove_attention(model) == names and torch.equal(predict(model, x), y)
 
@@ -678,7 +679,7 @@ def test_a_factory_gets_the_site_only_if_it_asks():
 
 def test_gamma_that_starts_elsewhere_is_said(capsys):
     insert_attention(plain(), 'stem', size=SIZE, gamma=.3)
-    assert capsys.readouterr().out == 'Inserted SelfAttention behind stem (stem.2, 24 channels, 16x20). It does not start as the identity: predictions change\n'
+    assert capsys.readouterr().out == 'Inserted SelfAttention behind stem (stem.3, 24 channels, 16x20). It does not start as the identity: predictions change\n'
 
 
 def test_no_attention_into_attention_nor_around_it():
@@ -710,8 +711,9 @@ def test_a_unet_of_fastais_that_we_insert_into(copied):
     assert not any(s.stored is not None for s in model.sfs)
     twin = copied(model)
     loss.backward()
+    assert torch.equal(predict(twin, x), predict(model, x))
     twin.train()(x).square().mean()
-    assert len(twin._forward_hooks) == 1 and not any(s.stored is not None for s in twin.sfs) and torch.equal(predict(twin, x), predict(model, x))
+    assert len(twin._forward_hooks) == 1 and not any(s.stored is not None for s in twin.sfs)
 
 
 def test_the_hook_goes_when_inserting_fails():
