@@ -3,7 +3,8 @@ from fastai_selfattn import learner# noqa: F401  gives `Learner` its methods
 from fastai_selfattn.seeing.gamma_logger import GammaLogger
 from fastai_selfattn.seeing.map_logger import AttentionMapLogger
 from fastai_selfattn.seeing.explorer import attention_explorer
-from fastai_selfattn.placement.insert import insert_attention, inserted_layers, remove_attention
+from fastai_selfattn.placement.insert import insert_attention, remove_attention
+from fastai_selfattn.placement.optim import inserted_layers
 from fastai_selfattn.seeing.interpret import AttentionInterpretation
 from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention, fuse_attention
 from fastai_selfattn.attention.ops import attend, attention_backend, attention_stats, attention_weights, dot_attend

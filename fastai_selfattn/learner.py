@@ -92,9 +92,11 @@ def show_receptive_field(self:Learner,
 @patch
 def attention_sites(self:Learner,
     size=None, # of the image, as `sites.attention_sites` takes it; the Learner's own data if None
+    layer:Callable[...,nn.Module]=SelfAttention, # whose price the table gives
+    **layer_args # for `layer`, such as `reduction=4`
 )->Sites: # a table of places
     "`sites.attention_sites` of this Learner's model"
-    return _attention_sites(self, size)
+    return _attention_sites(self, size, layer, **layer_args)
 
 @patch
 def insert_attention(self:Learner,
@@ -103,18 +105,20 @@ def insert_attention(self:Learner,
     layer:Callable[...,nn.Module]=SelfAttention, # called with the channels of the map and `layer_args`
     max_side:int=None, # only maps with no side longer than this, in cells
     size=None, # of the image; the Learner's own data if None
+    side:int=None, # only maps whose longest side is this, in cells
     **layer_args # for `layer`, such as `reduction=4`
 )->list[str]: # paths of the new layers
     "`insert.insert_attention` into this Learner's model and optimizer"
-    return _insert_attention(self, where, how, layer, max_side, size, **layer_args)
+    return _insert_attention(self, where, how, layer, max_side, size, side, **layer_args)
 
 @patch
 def remove_attention(self:Learner,
     where:bool|str|Sequence|Callable[[Site],bool]|None=None, # as in `insert_attention`; all that was inserted if None
     max_side:int=None, # only maps that had no side longer than this
+    side:int=None, # only maps whose longest side was this
 )->list[str]: # paths of the layers that were taken out
     "`insert.remove_attention` from this Learner's model and optimizer"
-    return _remove_attention(self, where, max_side)
+    return _remove_attention(self, where, max_side, side)
 
 @patch
 def attention_status(self:Learner)->AttentionStatus: # a table that prints and displays

@@ -112,7 +112,7 @@ def path_matches(
         if not wanted: return not parts
         if wanted[0] == '**': return any(fits(parts[i:], wanted[1:]) for i in range(len(parts)+1))
         return bool(parts) and fnmatchcase(parts[0], wanted[0]) and fits(parts[1:], wanted[1:])
-    return fits(name.split('.'), pattern.split('.'))
+    return name == pattern or fits(name.split('.'), pattern.split('.'))     # a name may hold brackets
 
 def did_you_mean(
     name:str, # that matched nothing

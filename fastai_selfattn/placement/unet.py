@@ -8,19 +8,23 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/placement/unet.html.
 __all__ = ['create_unet_model', 'unet_learner']
 
 # %% ../../nbs/api/placement/unet.ipynb #38756acf
+import inspect
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import fastai.layers
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.vision import learner as fastai_learner
-from fastai.vision.models.unet import DynamicUnet
+from fastai.vision.models.unet import DynamicUnet, UnetBlock
 from fastcore.meta import delegates
 from torch import nn
 
 from .insert import Place, insert_attention
 from ..attention.layers import SelfAttention
+from .price import check_layer, layer_name
 from .sites import Site, fastais_place, unet_blocks
+from .skips import let_go
 from .upgrade import take_over
 
 # %% ../../nbs/api/placement/unet.ipynb #f1600df9
@@ -30,7 +34,8 @@ def _swap(model):
     for name,path in found.items():
         conv = model.get_submodule(path)
         conv[-1] = ours = take_over(conv[-1], settled=False)
-        ours.attention_place = Place(Site(name, path, ours.n_channels, is_fastais=name == fastais_place(model)), 'append')     # so that it can be removed
+        # so that it can be removed
+        ours.attention_place = Place(Site(name, path, ours.n_channels, is_fastais=name == fastais_place(model)), 'append')
     return len(found)
 
 # %% ../../nbs/api/placement/unet.ipynb #61f2031a
@@ -43,34 +48,61 @@ def _no_place(model):
     return msg + f"Places there are: {', '.join(sites)}. Use e.g. `self_attention='decoder.0'`"
 
 # %% ../../nbs/api/placement/unet.ipynb #cb372753
-def _mode(self_attention, how, layer, max_side):
-    "Whether `self_attention` asks for nothing, for exactly what fastai does, or for places: 'none', 'fastai' or 'where'"
-    if self_attention is None or isinstance(self_attention, int) and not isinstance(self_attention, bool):
-        raise TypeError(f"`self_attention` must be True, False or a place, got {self_attention!r}")
-    if self_attention is False and max_side is None:
-        if how != 'append' or layer is not SelfAttention: raise ValueError("`how` and `layer` say how to insert attention, and `self_attention=False` inserts none: give a place")
-        return 'none'
-    return 'fastai' if self_attention is True and (how,layer,max_side) == ('append',SelfAttention,None) else 'where'
+class _Plan(NamedTuple):
+    "Where a U-Net is to have attention, and of what kind"
+    where:bool|str|Sequence|Callable
+    how:str
+    layer:Callable
+    max_side:int|None
+    side:int|None
+    layer_args:dict
 
-def _insert(model, self_attention, how, layer, max_side, size=None):
-    insert_attention(model, None if self_attention is False else self_attention, how, layer, max_side, size)
+    @property
+    def mode(self):
+        "Whether this asks for nothing, for exactly what fastai does, or for places: 'none', 'fastai' or 'where'"
+        if self.where is None or isinstance(self.where, int) and not isinstance(self.where, bool):
+            raise TypeError(f"`self_attention` must be True, False or a place, got {self.where!r}")
+        is_default = (self.how,self.layer,self.layer_args) == ('append',SelfAttention,{})
+        if self.where is False and self.max_side is self.side is None:
+            if is_default: return 'none'
+            raise ValueError("`how`, `layer` and options say how to insert attention, and `self_attention=False` inserts none: give a place")
+        return 'fastai' if self.where is True and is_default and self.max_side is self.side is None else 'where'
 
+    def insert(self, model, size=None):
+        where = None if self.where is False else self.where
+        insert_attention(model, where, self.how, self.layer, self.max_side, size, self.side, **self.layer_args)
+
+def _plan(fastais, kwargs, self_attention, how, layer, max_side, side):
+    "The plan, and those of `kwargs` that are for the function `fastais`; `TypeError` on what neither that nor `layer` takes"
+    check_layer(layer)
+    known = {*inspect.signature(fastais).parameters, *inspect.signature(UnetBlock).parameters}     # a U-Net hands the rest on to its blocks
+    theirs,rest = {k:v for k,v in kwargs.items() if k in known},{k:v for k,v in kwargs.items() if k not in known}
+    taken = inspect.signature(layer).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    unknown = [k for k in rest if k not in taken and not takes_any]
+    if unknown: raise TypeError(f"neither fastai's `{fastais.__name__}` nor {layer_name(layer)} takes {', '.join(f'`{k}`' for k in unknown)}")
+    return _Plan(self_attention, how, layer, max_side, side, rest),theirs
+
+# %% ../../nbs/api/placement/unet.ipynb #0e687870
 @delegates(fastai_learner.create_unet_model)
 def create_unet_model(
     arch, # encoder as `fastai.vision.learner.create_unet_model` takes it
     n_out:int, # channels of the output, one a class
     img_size:tuple[int,int], # (height, width) of the images in pixels
     *args,
-    self_attention:bool|str|Sequence|Callable[[Site],bool]=False, # True: our `SelfAttention` where fastai puts its own; else a `where` as `insert_attention` takes it
+    self_attention:bool|str|Sequence|Callable[[Site],bool]=False, # True: fastai's own place; else a `where` of `insert_attention`
     how:str='append', # 'append': behind the module of a place; 'replace': instead of it
-    layer:Callable[...,nn.Module]=SelfAttention, # called with the channels of the map; options by `functools.partial(SelfAttention, reduction=4)`
+    layer:Callable[...,nn.Module]=SelfAttention, # called with the channels of the map and its options
     max_side:int=None, # only maps with no side longer than this, in cells
-    **kwargs
+    side:int=None, # only maps whose longest side is this, in cells
+    **kwargs # for fastai's function, or for `layer`, such as `reduction=4`
 )->DynamicUnet: # with `self_attention=True` the same parameters and state-dict keys as fastai's
     "`fastai.vision.learner.create_unet_model` with our attention layers; `ValueError` if there is no such place"
-    mode = _mode(self_attention, how, layer, max_side)
+    plan,kwargs = _plan(fastai_learner.create_unet_model, kwargs, self_attention, how, layer, max_side, side)
+    mode = plan.mode
     model = fastai_learner.create_unet_model(arch, n_out, img_size, *args, self_attention=mode == 'fastai', **kwargs)
-    if mode == 'where': _insert(model, self_attention, how, layer, max_side, img_size)
+    let_go(model)
+    if mode == 'where': plan.insert(model, img_size)
     elif not _swap(model) and mode == 'fastai': raise ValueError(_no_place(model))
     return model
 
@@ -80,20 +112,23 @@ def unet_learner(
     dls:DataLoaders, # images and masks
     arch, # encoder as `fastai.vision.learner.unet_learner` takes it
     *args,
-    self_attention:bool|str|Sequence|Callable[[Site],bool]=False, # True: our `SelfAttention` where fastai puts its own; else a `where` as `insert_attention` takes it
+    self_attention:bool|str|Sequence|Callable[[Site],bool]=False, # True: fastai's own place; else a `where` of `insert_attention`
     how:str='append', # 'append': behind the module of a place; 'replace': instead of it
-    layer:Callable[...,nn.Module]=SelfAttention, # called with the channels of the map; options by `functools.partial(SelfAttention, reduction=4)`
+    layer:Callable[...,nn.Module]=SelfAttention, # called with the channels of the map and its options
     max_side:int=None, # only maps with no side longer than this, in cells
-    **kwargs
+    side:int=None, # only maps whose longest side is this, in cells
+    **kwargs # for fastai's function, or for `layer`, such as `reduction=4`
 )->Learner: # `Learner` on a `DynamicUnet`
     "`fastai.vision.learner.unet_learner` with our attention layers; `ValueError` if there is no such place"
-    mode = _mode(self_attention, how, layer, max_side)
+    plan,kwargs = _plan(fastai_learner.unet_learner, kwargs, self_attention, how, layer, max_side, side)
+    mode = plan.mode
     pipes = [dl.after_batch for dl in dls.loaders]
     tfms = [p.fs for p in pipes]
     if mode == 'fastai': kwargs['self_attention'] = True
     try:
         learn = fastai_learner.unet_learner(dls, arch, *args, **kwargs)
-        if mode == 'where': _insert(learn, self_attention, how, layer, max_side)
+        let_go(learn.model)
+        if mode == 'where': plan.insert(learn)
         elif not _swap(learn.model) and mode == 'fastai': raise ValueError(_no_place(learn.model))
     except BaseException:     # Ctrl-C during a download too
         for p,fs in zip(pipes, tfms): p.fs = fs

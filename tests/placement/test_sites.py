@@ -26,9 +26,13 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torch.utils.data import DataLoader as TorchLoader
 
 from fastai_selfattn.bench.layers import Shape, attention_cost, peak_extra
-from fastai_selfattn.attention.layers import SelfAttention, SimpleSelfAttention
+from fastai_selfattn.attention.layers import PooledSelfAttention2d, SelfAttention, SimpleSelfAttention
+from fastai_selfattn.placement.price import _counted
+from timm.layers import EcaModule
+from timm.layers.bottleneck_attn import BottleneckAttn
+from timm.layers.non_local_attn import NonLocalAttn
 from fastai_selfattn.placement.sites import Site, Sites, attention_sites, fastais_place, unet_blocks
-from fastai_selfattn.attention.kinds import is_attention
+from fastai_selfattn.attention.kinds import is_attention, register_attention
 
 H, W = 48, 80
 
@@ -296,6 +300,63 @@ def test_memory_is_near_what_was_measured(resnet34_unet):
     wrong = [f'{name}, {s.channels} channels {s.map}: {est:.1f} MiB estimated, {mib:.1f} measured' for (name, s), (mib, _) in zip(jobs, measured)
              for est, factor in [(s.fastai_mib, 1.5) if name == 'fastai' else (s.mib, 2)] if not est/factor <= mib <= est*factor]
     assert len({(s.channels, s.map) for s in sites}) == 7 and min(s.mib for s in sites) > 5 and not wrong, wrong
+
+
+class NonLocal(nn.Module):
+    "Written out: four convs with biases, n x n"
+    def __init__(self, c):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(c, c//2, 1) for _ in range(3)])
+        self.out = nn.Conv2d(c//2, c, 1)
+    def forward(self, x):
+        t, p, g = (f(x).flatten(2) for f in self.convs)
+        return x + self.out((g @ (t.mT @ p).softmax(-1).mT).unflatten(2, x.shape[2:]))
+
+def bottleneck(c, site): return BottleneckAttn(c, feat_size=site.map, num_heads=1)
+
+@pytest.mark.parametrize('layer,args,params,macs', [
+    (EcaModule, {}, lambda c, n: 3, lambda c, n: 3*c), (NonLocal, {}, lambda c, n: 4*c*c//2 + 3*c//2 + c, lambda c, n: n*4*c*c//2 + n*n*c), (NonLocalAttn, {}, lambda c, n: 4*8*c + 24 + c + 2*c, lambda c, n: n*4*8*c + n*n*16),
+    (SelfAttention, dict(reduction=4), lambda c, n: c*(c//2 + c) + 1, lambda c, n: n*c*(c//2 + c) + n*n*(c//4 + c)), (SelfAttention, dict(reduction=1, heads=2), lambda c, n: 3*c*c + 1, lambda c, n: n*3*c*c + n*n*2*c),
+    (SelfAttention, dict(pool=2), lambda c, n: c*(2*(c//8) + c) + 1, lambda c, n: n*c*(2*(c//8) + c) + n*n//4*(c//8 + c)), (SelfAttention, dict(softmax=False), lambda c, n: c*(2*(c//8) + c) + 1, lambda c, n: n*c*(2*(c//8) + c) + min(n*n*(c//8 + c), 2*n*c*(c//8))),
+    (PooledSelfAttention2d, {}, lambda c, n: c*(2*(c//8) + c//2) + c*c//2 + 1, lambda c, n: n*(c*(2*(c//8) + c//2) + c*c//2) + n*n//4*(c//8 + c//2)), (SimpleSelfAttention, {}, lambda c, n: c*c + 1, lambda c, n: n*c*c + min(2*n*n*c, 2*n*c*c)),
+    (fastai.layers.SelfAttention, {}, lambda c, n: c*(2*(c//8) + c) + 1, lambda c, n: n*c*(2*(c//8) + c) + n*n*(c//8 + c))], ids=named)
+def test_the_layer_that_goes_in_is_priced(layer, args, params, macs):
+    "By its own parameters and operations, on paper; maps of 24x40 and 12x20 with 16 and 24 channels"
+    model = cnn()
+    rng = torch.random.get_rng_state()
+    sites = attention_sites(model, (H, W), layer=layer, **args)
+    assert torch.equal(torch.random.get_rng_state(), rng)
+    for s in sites:
+        assert (s.params, s.macs) == (params(s.channels, s.n), macs(s.channels, s.n)) and s.price and (s.mib > 0)
+    assert 'MiB ours' not in sites.df() and list(sites.df()['MiB']) == [s.mib for s in sites] and repr(sites).startswith(f"Places for {layer.__name__}{'(' if args else ' '}")
+    path, = sites.match('0')
+    assert path.params == params(16, path.n)                      # not in the table
+
+
+def test_layers_that_ask_for_the_site_or_fit_only_here_and_there():
+    a, b = attention_sites(cnn(), (H, W), layer=bottleneck)
+    assert a.params != b.params and b.params == sum(p.numel() for p in BottleneckAttn(24, feat_size=(12, 20), num_heads=1).parameters())
+    sites = attention_sites(cnn(), (H, W), layer=SelfAttention, heads=3)          # of 2 and 3 query channels
+    assert 'SelfAttention does not fit: ValueError: `heads=3` must divide' in sites[0].note and math.isnan(sites[0].macs) and sites[1].params == 721 and not sites[1].note
+    for layer, args, error in ((SelfAttention, dict(colour=3), ValueError), (3, {}, TypeError), (SelfAttention(8), {}, TypeError)):
+        with pytest.raises(error, match='does not fit.*colour|`layer` must be'): attention_sites(cnn(), (H, W), layer=layer, **args)
+
+
+def test_registered_costs_and_what_cannot_be_counted():
+    class Own(nn.Module):
+        def forward(self, x): return x if x.sum() > 0 else x + 0       # not on the meta device
+    site, = attention_sites(cnn(), (H, W), layer=lambda c: Own()).match('2')
+    assert math.isnan(site.macs) and math.isnan(site.mib) and site.params == 0
+    register_attention(Own, cost=lambda layer, size: 7*math.prod(size))
+    site, = attention_sites(cnn(), (H, W), layer=lambda c: Own()).match('2')
+    assert site.macs == 7*24*40
+
+
+def test_memory_of_other_layers_is_counted():
+    "fastai's layer by the count is near the formula that was fitted to measurements"
+    for c, side in ((64, 32), (64, 64), (256, 32)): assert 1/1.6 < _counted(fastai.layers.SelfAttention(c), c, (side, side))[1] / Site('', '', c, (side, side)).fastai_mib < 1.6
+    big, = attention_sites(nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), nn.ReLU()), 512, layer=NonLocal)          # 512^4 numbers, which nobody has
+    assert big.mib > 4*512**4/2**20 and big.macs > 512**4
 
 
 # --- how the table reads ---
@@ -752,6 +813,15 @@ def test_a_head_for_maps_of_several_sizes_is_priced_at_the_largest():
 
 # --- choosing ---
 
+def test_side_and_the_nearest_name(sites):
+    assert names(sites.match(side=12)) == E(2) + D(1) and names(sites.match('decoder.*', side=48)) == D(3) and names(sites.match(side=6, max_side=6)) == E(3) + D(0)
+    with pytest.raises(ValueError, match='no site matches where=None, side=7'): sites.match(side=7)
+    with pytest.raises(TypeError, match="`side` must be 0 or more cells, got '12'"): sites.match(side='12')
+    for name, near in (('midle', 'middle'), ('encoder3', 'encoder.3'), ('layers.5.conv3', 'layers.5.conv')):
+        with pytest.raises(ValueError, match=f"no site matches '{name}'. Did you mean '{near}"): sites.match(name)
+    with pytest.raises(ValueError, match="no site matches 'xyz'. Choose"): sites.match('xyz')
+
+
 def plain(): return attention_sites(nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1)), nn.Conv2d(16, 24, 3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), (H, W))
 
 E, D = (lambda *i: [f'encoder.{j}' for j in i]), (lambda *i: [f'decoder.{j}' for j in i])
@@ -779,14 +849,14 @@ def test_the_same_path_is_chosen_once(sites):
 @pytest.mark.parametrize('where,max_side,says', [
     ('decoder.9', None, "no site matches 'decoder.9'"), ('encoder', None, "no site matches 'encoder'"), ('layers.0.*.*.*.*.*', None, 'no site matches'), ('Middle', None, "no site matches 'Middle'"), ('', None, "no site matches ''"), ('layers.0.7.*.conv9', None, 'no site matches'),
     (['middle', 'decoder.9'], None, "no site matches 'decoder.9'"), (['middle', 'x*'], None, r"no site matches 'x\*'"), (lambda s: False, None, 'no site matches where=<function'), (None, 2, 'no site matches where=None, max_side=2'), ('decoder.*', 3, r"no site matches where='decoder.\*', max_side=3"),
-    (True, 11, 'no site matches where=True, max_side=11'), (None, None, 'give `where` or `max_side`')], ids=named)
+    (True, 11, 'no site matches where=True, max_side=11'), (None, None, 'give `where`, `max_side` or `side`')], ids=named)
 def test_names_that_fit_nothing(sites, where, max_side, says):
     with pytest.raises(ValueError, match=says) as e: sites.match(where, max_side)
     if where or max_side is not None: assert repr(sites) in str(e.value) and 'any module path of this model' in str(e.value)
 
 
 @pytest.mark.parametrize('where,max_side,got', [(3, None, 'got 3'), (False, None, 'got False'), (1, None, 'got 1'), ([], None, r'got \[\]'), (['middle', 3], None, 'got 3'), ([None], None, 'got None'), (2.5, 20, 'got 2.5'), ({}, None, r'got \{\}'), (b'middle', None, "got b'middle'"),
-                                                ('middle', '12', "`max_side` must be an int, got '12'"), (None, 3., 'got 3.0'), (None, True, 'got True')], ids=named)
+                                                ('middle', '12', "`max_side` must be 0 or more cells, got '12'"), (None, 3., 'got 3.0'), (None, True, 'got True')], ids=named)
 def test_wrong_types(sites, where, max_side, got):
     with pytest.raises(TypeError, match=got): sites.match(where, max_side)
 

@@ -1,10 +1,12 @@
 "`create_unet_model` and `unet_learner` against fastai's: the same U-Net but for the layer, checkpoints both ways, errors that leave no trace"
 import copy
 import inspect
+import pickle
 import re
 from functools import partial
 
 import fastai.layers
+from fastai.callback.core import Callback
 import pytest
 from conftest import named
 import timm
@@ -24,7 +26,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from fastai_selfattn import learner as learner_module  # noqa: F401  patches `Learner`
-from fastai_selfattn.placement.insert import insert_attention, inserted_layers, remove_attention
+from fastai_selfattn.placement.insert import insert_attention, remove_attention
+from fastai_selfattn.placement.optim import inserted_layers
 from fastai_selfattn.attention.layers import PooledSelfAttention2d, SelfAttention
 from fastai_selfattn.attention.kinds import attention_layers
 from fastai_selfattn.walls.rooms import make_rooms
@@ -157,7 +160,7 @@ def test_block_copies_right_after_a_training_step():
 
 
 def looked(model, x=None):
-    "What `model` predicts; its encoder hooks then hold no graph any more, with which no U-Net of fastai can be copied"
+    "What `model` predicts"
     with torch.no_grad(): return model.eval()(torch.randn(2, 3, *SIZE) if x is None else x)
 
 @pytest.mark.parametrize('copied', [copy.deepcopy, lambda m: AveragedModel(m).module], ids=['deepcopy', 'ema'])
@@ -344,6 +347,73 @@ def test_a_place_that_cannot_be(dls, known, where, kwargs, says):
     with pytest.raises(ValueError, match=says): unet(self_attention=where, **kwargs)
     with pytest.raises(ValueError, match=says): unet_learner(dls, encoder, pretrained=True, self_attention=where, **kwargs)
     assert all(a is b for now, then in zip(tfms(dls), before, strict=True) for a, b in zip(now, then, strict=True))
+
+
+@pytest.mark.parametrize('where,args', [('middle', dict(reduction=4)), (True, dict(reduction=4)), (['middle'], dict(layer=PooledSelfAttention2d, pool=3)), (False, dict(side=3, reduction=2))], ids=named)
+def test_options_of_the_layer(dls, where, args):
+    "As `insert_attention` takes them"
+    for model in (unet(self_attention=where, **args), unet_learner(dls, encoder, pretrained=False, self_attention=where, blur=True, **args).model):
+        found = inserted_layers(model).values()
+        assert found and all(getattr(m, k) == v for m in found for k, v in args.items() if k not in ('layer', 'side'))
+        assert 'side' not in args or all(max(m.attention_place.site.map) == 3 for m in found)
+
+
+@pytest.mark.parametrize('where', [True, False, 'middle'])
+def test_arguments_that_nobody_knows(dls, where):
+    for call in (lambda **kwargs: unet(self_attention=where, **kwargs), lambda **kwargs: unet_learner(dls, encoder, pretrained=False, self_attention=where, **kwargs)):
+        with pytest.raises(TypeError, match=r"neither fastai's `\w+` nor SelfAttention takes `reductoin`, `colour`"): call(reductoin=4, colour='red')
+    if where is False:
+        with pytest.raises(ValueError, match='give a place'): unet(self_attention=False, reduction=4)
+    else: unet(self_attention=where, norm_type=None, padding_mode='zeros')     # fastai's, through its blocks
+    with pytest.raises(ValueError, match="no site matches 'midle'. Did you mean 'middle'"): unet(self_attention='midle')
+
+
+# --- skips are let go
+
+class Copies(Callback):
+    "A copy between forward and backward pass of each batch"
+    def before_fit(self): self.copies = []
+    def after_pred(self):
+        if self.training: self.copies.append(copy.deepcopy(self.model))
+
+@pytest.mark.parametrize('where', [True, False, 'encoder.1', 'decoder.0'])
+def test_copies_in_the_middle_of_training(dls, where, tmp_path):
+    "`deepcopy`, an average of the weights, pickles and exports; and the same training as without"
+    ours, plain = (unet_learner(dls, encoder, pretrained=False, self_attention=where, path=tmp_path) for _ in range(2))
+    plain.model.load_state_dict(ours.model.state_dict())
+    for learn, cbs in ((ours, [Copies()]), (plain, [])):
+        set_seed(7)
+        dls.train.rng.seed(5)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=cbs)
+        if cbs: copies = cbs[0].copies
+    assert same(ours.model.state_dict(), plain.model.state_dict()) and len(copies) == len(dls.train)
+    x = torch.randn(2, 3, *SIZE)
+    step(ours.model)
+    twin, ema = copy.deepcopy(ours.model), AveragedModel(ours.model)
+    for model in (twin, ema.module, pickle.loads(pickle.dumps(ours.model)) ): assert torch.equal(looked(model, x), looked(ours.model, x))
+    step(ours.model)
+    ema.update_parameters(ours.model)
+    assert len(twin._forward_hooks) == len(ours.model._forward_hooks) == 1
+    ours.export()
+    with pytest.warns(UserWarning, match='pickle'): loaded = load_learner(tmp_path / 'export.pkl')
+    step(loaded.model)
+    copy.deepcopy(loaded.model)
+
+
+def test_nothing_is_kept_after_a_pass():
+    ours, theirs = unet(), unet(fastai_learner.create_unet_model)
+    for model in (ours, theirs): model.train()(torch.randn(2, 3, *SIZE))
+    assert all(h.stored is None for h in ours.sfs) and all(h.stored is not None and h.stored.grad_fn for h in theirs.sfs)
+    ours.layers.append(nn.Conv2d(9, 9, 1))                 # the pass fails after the skips were stored
+    with pytest.raises(RuntimeError): ours(torch.randn(2, 3, *SIZE))
+    assert all(h.stored is None for h in ours.sfs)
+
+
+def test_compiled():
+    "Without fastai's last module, with which no U-Net of fastai's compiles"
+    model, x = unet(self_attention='middle').eval(), torch.randn(2, 3, *SIZE)
+    del model.layers[-1]
+    with torch.no_grad(): assert torch.allclose(torch.compile(model, backend='eager')(x), model(x), atol=1e-5)
 
 
 # --- encoders of timm and torchvision, as the how-to page makes them

@@ -327,7 +327,7 @@ def test_one_layer_has_one_bar_over_what_is_chosen():
     assert bar.get_ylim()[1] == pytest.approx(strongest(ms['body.5'][1:, 2:])) != strongest(ms['body.5']) and axs.shape == (1, 2)
 
 
-@pytest.mark.parametrize('layers,want', [('body.2', ['body.2']), ('body.*', ['body.2', 'body.5']), (['head.attn', 'body.[2-4]'], ['body.2', 'head.attn']), (['*', 'body.2'], ['body.2', 'body.5', 'head.attn']), (('*5',), ['body.5'])], ids=named)
+@pytest.mark.parametrize('layers,want', [('body.2', ['body.2']), ('body.*', ['body.2', 'body.5']), (['head.attn', 'body.[2-4]'], ['body.2', 'head.attn']), (['*', 'body.2'], ['body.2', 'body.5', 'head.attn']), (('*.*5',), ['body.5'])], ids=named)
 def test_choice_of_layers(layers, want):
     axs = show_attention(images(), maps(), POINTS, layers, pictures=0)
     assert [heading(ax) for ax in axs[:, 0]] == [f'picture 0, {n} query pixels' for n in want]
