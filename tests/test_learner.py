@@ -31,7 +31,7 @@ from fastai_selfattn.seeing.pictures import pictures as shown
 from fastai_selfattn.seeing.record import AttentionRecorder
 from fastai_selfattn.attention.kinds import attention_layers
 from fastai_selfattn.walls.rooms import make_rooms
-from fastai_selfattn.walls.train import open_mask
+from fastai_selfattn.walls.data import open_mask
 
 SIZE, POINTS = (30, 42), [(0, 41), (29, 0), (13, 31), (7, 7)]
 
@@ -201,7 +201,7 @@ def test_no_pictures_and_no_attention(rooms):
     for kwargs in (dict(items=[]), dict(max_n=0)):
         with pytest.raises(ValueError, match='no pictures to show'): learn.show_attention(**kwargs)
     learn.model = nn.Conv2d(3, 2, 1)
-    with pytest.raises(ValueError, match='no attention layer of this package or of fastai in this Conv2d'): learn.show_attention()
+    with pytest.raises(ValueError, match='no attention layer in this Conv2d'): learn.show_attention()
     assert not plt.get_fignums()
 
 

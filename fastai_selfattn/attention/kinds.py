@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from fastai.learner import Learner
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from . import ops
 from .layers import SelfAttention, SimpleSelfAttention
@@ -208,6 +207,12 @@ def pool_of(
     if callable(pool): return pool(layer)
     return getattr(layer, pool, 1) if isinstance(pool, str) else pool
 
+# %% ../../nbs/api/attention/kinds.ipynb #d9f83774
+def _map_sizes(layer, x):
+    "Sizes that the pooled map of `x` may have: what is left over at a border may be a window too, or be dropped"
+    pool = pool_of(layer)
+    return tuple(-(-s//pool) for s in x.shape[2:]),tuple(s//pool for s in x.shape[2:])
+
 @torch.no_grad()
 def layer_vectors(
     layer:nn.Module, # with `has_vectors`
@@ -218,13 +223,12 @@ def layer_vectors(
     if not (isinstance(vectors, (tuple,list)) and len(vectors) == 2 and all(isinstance(t, Tensor) for t in vectors)):
         raise ValueError(f"`vectors` of {type(layer).__name__} must give two tensors, query and key vectors, got {type(vectors).__name__}")
     q,k = vectors
-    pool = pool_of(layer)
-    pooled = tuple(-(-s//pool) for s in x.shape[2:]), tuple(s//pool for s in x.shape[2:])     # what is left over at a border may be a window too
-    if q.dim() != x.dim()+1 or (q.shape[0],q.shape[2:-1]) != (len(x),x.shape[2:]) or tuple(k.shape[2:-1]) not in pooled or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"`vectors` of {type(layer).__name__} must give query and key vectors (bs, heads, *map, d), the map of the keys pooled by {pool}; "
-                         f"for a map of {tuple(x.shape)} they gave {tuple(q.shape)} and {tuple(k.shape)}")
-    return q,k
+    fits = q.dim() == x.dim()+1 and (len(q),q.shape[2:-1]) == (len(x),x.shape[2:])
+    if fits and q.shape[:2] == k.shape[:2] and q.shape[-1] == k.shape[-1] and tuple(k.shape[2:-1]) in _map_sizes(layer, x): return q,k
+    raise ValueError(f"`vectors` of {type(layer).__name__} must give query and key vectors (bs, heads, *map, d), the map of the keys pooled by {pool_of(layer)}; "
+                     f"for a map of {tuple(x.shape)} they gave {tuple(q.shape)} and {tuple(k.shape)}")
 
+# %% ../../nbs/api/attention/kinds.ipynb #10c72d62
 @torch.no_grad()
 def layer_weights(
     layer:nn.Module, # with `has_map`
@@ -236,9 +240,10 @@ def layer_weights(
     if kind.weights:
         rows = torch.as_tensor(rows, device=x.device)
         w = kind.weights(layer, x, rows)
-        if not isinstance(w, Tensor) or w.dim() != x.dim()+1 or (len(w),w.shape[2]) != (len(x),len(rows)):
-            raise ValueError(f"`weights` of {type(layer).__name__} must give (bs, heads, {len(rows)}, *map), got {tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__}")
-        return w
+        if isinstance(w, Tensor) and w.dim() == x.dim()+1 and (len(w),w.shape[2]) == (len(x),len(rows)) and tuple(w.shape[3:]) in _map_sizes(layer, x): return w
+        got = tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__
+        raise ValueError(f"`weights` of {type(layer).__name__} must give (bs, heads, {len(rows)}, *map) for a map of {tuple(x.shape)} "
+                         f"with pool={pool_of(layer)}, got {got}")
     q,k = layer_vectors(layer, x)
     w = ops.attention_weights(*(t.flatten(2, -2).flatten(0, 1) for t in (q,k)), rows)
     return w.unflatten(-1, k.shape[2:-1]).unflatten(0, k.shape[:2])
@@ -305,7 +310,7 @@ def _origin(layer):
     "How `layer` came into its model"
     place = getattr(layer, 'attention_place', None)
     if place is None: return 'came with the model'
-    return f'in place of {type(place.old[0]).__name__}' if place.how == 'replace' else 'inserted'
+    return f'in place of {type(place.old[0]).__name__}' if place.how == 'replace' else 'appended'
 
 def _map_kind(layer):
     "What is known of the map of `layer`"

@@ -160,7 +160,11 @@ class _Attend(Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx, do, _): return *_AttendGrad.apply(*ctx.saved_tensors, do, ctx.scale),None
+    def backward(ctx, do, _):
+        args = *ctx.saved_tensors,do,ctx.scale
+        # A compiled backward pass has no backward pass of its own, and PyTorch 2.14 fails on a `Function` inside another's.
+        grads = _attend_grad(*args) if torch.compiler.is_compiling() else _AttendGrad.apply(*args)
+        return *grads,None
 
     @staticmethod
     def vmap(info, in_dims, *args): return _fold(_Attend.apply, info, in_dims, args)

@@ -24,7 +24,8 @@ from .layers import circumstances
 from ..seeing.gamma_logger import GammaLogger
 from ..seeing.map_logger import AttentionMapLogger
 from ..walls.rooms import make_rooms
-from ..walls.train import split_walls, wall_dls, wall_items, wall_learner
+from ..walls.data import split_walls, wall_dls, wall_items
+from ..walls.train import wall_learner
 
 # %% ../../nbs/api/bench/loggers.ipynb #98563a48
 def _timed(cls):

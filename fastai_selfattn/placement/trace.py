@@ -9,7 +9,6 @@ __all__ = []
 
 # %% ../../nbs/api/placement/trace.ipynb #ed154d1a
 import weakref
-from collections.abc import Sequence
 from itertools import count
 from numbers import Integral
 from typing import NamedTuple

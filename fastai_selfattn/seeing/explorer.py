@@ -73,7 +73,7 @@ def _model(model, label, x, layers):
     with torch.no_grad(), eval_mode(model), recorder as rec: model(x)
     if not rec.queries: raise ValueError(f"no attention layer of {label!r} ran with a softmax of query and key vectors, so there is no map to show")
     found,*offs = zip(*(_layer(rec, name, label) for name in rec.queries))
-    return dict(label=label, layers=found),*map(max, offs)
+    return dict(label=label, layers=found),*map(max, offs),[n for n in rec.changes if n not in rec.queries]
 
 # %% ../../nbs/api/seeing/explorer.ipynb #d9d3f93a
 def _data_uri(image, side=512):
@@ -177,8 +177,11 @@ def attention_explorer(
     if not isinstance(title, str): raise TypeError(f"`title` must be a str, got {type(title).__name__}")
     x,images,_,names = pictures(learn, items, max_n)
     h,w = x.shape[-2:]
-    shown,off,shares = zip(*(_model(m, l, x, layers) for l,m in models.items()))
+    shown,off,shares,without = zip(*(_model(m, l, x, layers) for l,m in models.items()))
     views = [dict(name=name, h=h, w=w, src=_data_uri(im)) for name,im in zip(names, images)]
-    data = dict(title=title, exact=_exact.format(off=max(off), share=max(shares), h=h, w=w), models=shown, pictures=views)
+    exact = _exact.format(off=max(off), share=max(shares), h=h, w=w)
+    left_out = sorted({name for names in without for name in names})
+    if left_out: exact += f" Not shown, since there are no query and key vectors from which their maps could be made: {', '.join(left_out)}."
+    data = dict(title=title, exact=exact, models=shown, pictures=views)
     _write(path, _page(title, data))
     return Explorer(path, max(off))

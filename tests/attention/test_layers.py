@@ -1083,3 +1083,29 @@ def test_query_and_key_of_a_known_layer():
     q, k = layer.query_key_vectors(x)
     assert q[0, 0, ..., 0].tolist() == [[0, 1], [2, 3], [4, 5]] and q[0, 1, ..., 0].tolist() == [[12, 14], [16, 18], [20, 22]]
     assert k[0, 0, ..., 0].tolist() == [[15], [17]] and k[0, 1, ..., 0].tolist() == [[-18], [-22]]
+
+
+@pytest.mark.parametrize('brings', ['query', 'key', 'value'])
+def test_a_checkpoint_with_singular_vectors_of_one_conv(brings):
+    "The convs whose vectors it lacks are settled before they are used"
+    sd = SelfAttention(24).state_dict()
+    sd = {k: 3*t if k.endswith('weight_orig') else t for k, t in sd.items() if not k.endswith(('_u', '_v')) or k.startswith(brings)}
+    layer = SelfAttention(24).eval()
+    for part in (layer.query, layer.key, layer.value):
+        for b in part.buffers(): b.copy_(F.normalize(torch.ones_like(b), dim=0))     # far from any singular vector
+    layer.load_state_dict(sd, strict=False)
+    with torch.no_grad(): layer(torch.randn(1, 24, 5, 7))
+    for part in (layer.query, layer.key, layer.value):
+        assert torch.linalg.matrix_norm(part[0].weight.flatten(1), 2).item() == pytest.approx(1, rel=1e-2)
+
+
+def test_compiled_training_step_through_tiles():
+    "More than 512 pixels, so that attention goes tile by tile, forward and backward"
+    torch.manual_seed(3)
+    layer,x = SelfAttention(16, gamma=.5),torch.randn(1, 16, 28, 28)
+    with torch.no_grad(): layer(x)
+    twin = copy.deepcopy(layer)
+    want,got = layer(x),torch.compile(twin, backend='aot_eager', fullgraph=True)(x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    for y in (want, got): y.square().sum().backward()
+    for a, b in zip(layer.parameters(), twin.parameters()): torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3)

@@ -492,3 +492,14 @@ def test_statistics_of_empty_batches_and_of_tensor_subclasses():
 def test_bad_input_of_attention_stats_is_named(change, error, says):
     args = dict(q=torch.ones(2, 6, 3), k=torch.ones(2, 7, 3), q_at=torch.ones(6, 2), k_at=torch.ones(7, 2), own=[0] * 6)
     with pytest.raises(error, match=says): attention_stats(**(args | change))
+
+
+def test_one_long_key_among_short_ones():
+    "The bound on logits comes from the longest key: the mean length of 600 keys would call these logits harmless, and their exponentials overflow"
+    torch.manual_seed(7)
+    q,k,v = torch.randn(2, 600, 8),.01*torch.randn(2, 600, 8),torch.randn(2, 600, 5)
+    k[:, 123] = 300*q[:, 7]/q[:, 7].norm(dim=-1, keepdim=True)
+    with attention_backend('math'): want = attend(q, k, v)
+    with attention_backend('tiled'): got = attend(q, k, v)
+    assert got.isfinite().all()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

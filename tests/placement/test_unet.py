@@ -33,7 +33,7 @@ from fastai_selfattn.attention.kinds import attention_layers
 from fastai_selfattn.walls.rooms import make_rooms
 from fastai_selfattn.placement.sites import attention_sites
 from fastai_selfattn.placement.unet import create_unet_model, unet_learner
-from fastai_selfattn.walls.train import open_mask
+from fastai_selfattn.walls.data import open_mask
 
 SIZE = (32, 48)
 

@@ -31,7 +31,7 @@ from fastai_selfattn.attention.kinds import attention_layers
 from fastai_selfattn.walls.rooms import make_rooms
 from fastai_selfattn.placement.unet import create_unet_model
 from fastai_selfattn.placement.upgrade import Upgrade, take_over, upgrade_attention
-from fastai_selfattn.walls.train import open_mask
+from fastai_selfattn.walls.data import open_mask
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*weight_norm.*is deprecated:FutureWarning', 'ignore:load_learner.*pickle:UserWarning', 'ignore:.*zero-element')
 C, SIZE, MAP = 16, (32, 48), (6, 10)

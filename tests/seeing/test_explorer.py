@@ -251,7 +251,7 @@ ERRORS = {
     'not html': (lambda p: dict(fname=p / 'page'), ValueError, r'must end in \.html'),
     'no folder': (lambda p: dict(fname=p / 'none' / 'page.html'), ValueError, r'no folder .*none to write page\.html into: make it first'),
     'a folder': (lambda p: dict(fname=p / 'folder.html', overwrite=True), ValueError, 'is a folder'),
-    'exists': (lambda p: dict(fname=p / 'old.html'), ValueError, r'old\.html exists: use `overwrite=True`'),
+    'exists': (lambda p: dict(fname=p / 'old.html'), ValueError, r'old\.html exists, and no explorer wrote it: use `overwrite=True`'),
     'others no dict': (lambda p: dict(others=[Net()]), TypeError, '`others` must be a dict, label -> model or Learner, got list'),
     'other no model': (lambda p: dict(others={'x': 3}), TypeError, "the model 'x' must be an nn.Module or a Learner, got int"),
     'label no str': (lambda p: dict(others={3: Net()}), TypeError, 'the label of a model must be a str, got 3'),
@@ -757,3 +757,23 @@ def test_without_a_browser_the_tests_say_so(monkeypatch):
     with pytest.raises(pytest.skip.Exception, match='no chromium'): no_browser('no chromium')
     monkeypatch.setenv('SELFATTN_NEEDS_BROWSER', '1')
     with pytest.raises(pytest.fail.Exception, match='no chromium'): no_browser('no chromium')
+
+
+def test_the_stated_error_is_the_largest_of_all_pictures(tmp_path, monkeypatch):
+    "One picture whose vectors are rounded badly among others: the page states its error, wherever it comes"
+    from fastai_selfattn.seeing import explorer
+    learn = learner(tmp_path / "pictures", Net())
+    real = explorer._off
+    for bad in range(3):
+        calls = iter(range(99))
+        monkeypatch.setattr(explorer, '_off', lambda *args: .5 if next(calls) == bad else real(*args))
+        assert attention_explorer(learn, fname=tmp_path / f'page{bad}.html', max_n=3, layers='small').off == .5
+
+def test_a_page_of_its_own_is_replaced_and_no_other_file(tmp_path):
+    learn = learner(tmp_path / "pictures", Net())
+    first = attention_explorer(learn, fname=tmp_path / 'page.html', max_n=1, layers='small').path.read_bytes()
+    attention_explorer(learn, fname=tmp_path / 'page.html', max_n=2, layers='small')
+    assert (tmp_path / 'page.html').read_bytes() != first
+    (tmp_path / 'other.html').write_text('<html>mine</html>')
+    with pytest.raises(ValueError, match='exists, and no explorer wrote it'): attention_explorer(learn, fname=tmp_path / 'other.html', max_n=1)
+    assert (tmp_path / 'other.html').read_text() == '<html>mine</html>'

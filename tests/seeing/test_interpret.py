@@ -21,7 +21,7 @@ from fastai_selfattn.attention.layers import SelfAttention
 from fastai_selfattn.seeing.record import AttentionRecorder
 from fastai_selfattn.attention.kinds import attention_layers, attention_off
 from fastai_selfattn.walls.rooms import make_rooms
-from fastai_selfattn.walls.train import open_mask
+from fastai_selfattn.walls.data import open_mask
 
 SIZE = 30, 42
 

@@ -1105,3 +1105,40 @@ def test_pictures_that_tensorboard_does_not_take(tmp_path, files, monkeypatch):
                                                (dict(layers=3), TypeError, '`layers` must be names'), (dict(layers=[3]), TypeError, '`layers` must be names')], ids=named)
 def test_wrong_points_and_layers_are_named_at_construction(kwargs, error, says):
     with pytest.raises(error, match=says): AttentionMapLogger(**kwargs)
+
+
+class Adds(nn.Module):
+    "Adds `share` of the map to itself"
+    def __init__(self, share):
+        super().__init__()
+        self.share,self.gamma = share,nn.Parameter(torch.ones(1))
+
+    def forward(self, x): return x + self.share*self.gamma.detach()*x + 0*self.gamma
+
+class Twice(nn.Module):
+    "Calls one layer on all pictures, and again, with another share, on the first of them"
+    def __init__(self):
+        super().__init__()
+        self.conv,self.attn = nn.Conv2d(3, 3, 1),Adds(.5)
+        self.attn.attention_place = None
+
+    def forward(self, x):
+        x = self.conv(x)
+        self.attn.share = .5
+        y = self.attn(x)
+        self.attn.share = .2
+        return y + 0*self.attn(x[:1]).sum()
+
+def test_change_of_a_layer_that_is_called_twice_in_a_step():
+    "The mean over all calls and pictures: three at .5 and one at .2"
+    data = [(torch.randn(3, 4, 6), torch.randn(3, 4, 6)) for _ in range(3)]
+    learn = Learner(DataLoaders(DataLoader(data, bs=3), DataLoader(data, bs=3)), Twice(), loss_func=MSELossFlat(), cbs=GammaLogger())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert learn.gamma_logger.history.change.iloc[-1] == pytest.approx((3*.5+.2)/4, rel=1e-4)
+
+def test_two_gamma_loggers_add_one_column():
+    learn = Learner(DataLoaders(DataLoader([(torch.randn(8, 3, 5),)*2]*4, bs=2), DataLoader([(torch.randn(8, 3, 5),)*2]*4, bs=2)), nn.Sequential(SelfAttention(8)),
+                    loss_func=MSELossFlat(), cbs=GammaLogger())
+    with learn.no_bar(), pytest.warns(UserWarning, match='another `GammaLogger`'): learn.fit(1, cbs=(second := GammaLogger()))
+    assert list(learn.recorder.metric_names).count('gamma') == 1 and len(learn.recorder.values[-1]) == 3
+    assert len(second.history) == 3 and len(next(cb for cb in learn.cbs if isinstance(cb, GammaLogger)).history) == 3

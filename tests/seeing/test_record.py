@@ -530,7 +530,7 @@ def test_layers_that_were_inserted_in_place_of_another():
 def test_a_model_without_attention(model):
     assert attention_layers(model) == {}
     for f in (AttentionRecorder, lambda m: AttentionRecorder(m, None, stats=False), lambda m: attention_off(m).__enter__(), lambda m: receptive_field(m, images())):
-        with pytest.raises(ValueError, match=f'no attention layer of this package or of fastai in this {type(model).__name__}: .*`insert_attention`'): f(model)
+        with pytest.raises(ValueError, match=f'no attention layer in this {type(model).__name__}: .*`insert_attention`'): f(model)
 
 
 # nothing is changed by watching

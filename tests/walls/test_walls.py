@@ -12,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fastai_selfattn.walls import train as walls
+from fastai_selfattn.walls import commands as walls
 from fastai_selfattn.walls.rooms import make_rooms
-from fastai_selfattn.walls.train import (evaluate_walls, mask_of, open_mask, open_photo, recolor, recolor_main, small_encoder, split_walls, wall_dls,
-                                   wall_items, wall_learner, wall_probability, walls_main)
+from fastai_selfattn.walls.train import evaluate_walls, small_encoder, wall_learner
+from fastai_selfattn.walls.data import mask_of, open_mask, open_photo, split_walls, wall_dls, wall_items
+from fastai_selfattn.walls.paint import recolor, wall_probability
+from fastai_selfattn.walls.commands import recolor_main, walls_main
 
 TINY = '--epochs 1 --bs 4 --size 32'.split()
 
