@@ -1,6 +1,7 @@
 import os, re, shutil, subprocess, sys
 from pathlib import Path
-import pytest
+import pytest, torch
+from hypothesis import settings
 from torch.profiler import ProfilerActivity, profile
 
 root = Path(__file__).resolve().parent.parent
@@ -30,6 +31,25 @@ def copy_project(dest):
         (dest/f).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root/f, dest/f)
     return dest
+
+# One thread for each process of pytest-xdist, so that they do not wait for each other; and in CI the same examples every time.
+if 'PYTEST_XDIST_WORKER' in os.environ: torch.set_num_threads(1)
+settings.register_profile('ci', derandomize=True, deadline=None)
+if os.environ.get('CI'): settings.load_profile('ci')
+
+# Why a test is slow, and how its name or file says so. `pytest -m "not slow"` leaves these out.
+SLOW = {'compiles, or exports to another format': r'compil|onnx|tensorboard|weights_and_biases',
+        'starts processes': r'processes|console_script|installed|wheel|ctrl_c|entry_points|pretrained|same_run|bench_loggers|test_csv|command',
+        'measures memory': r'memory|streamed|peak',
+        'trains or builds whole U-Nets': r'bit_by_bit|test_encoders|test_folder|full_disk|goes_on_as|the_whole_journey|any_order|orders',
+        'lays out many figures': r'titles_neither|looks_right',
+        'proves derivatives in double precision': r'gradcheck',
+        'runs a whole page': r'test_notebooks'}
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        name = f'{item.path.stem}::{item.name}'
+        if 'browser' in item.fixturenames or any(re.search(r, name) for r in SLOW.values()): item.add_marker(pytest.mark.slow)
 
 def named(value):
     "The id of a parameter, without addresses in memory, which would differ between the processes of pytest-xdist"

@@ -9,7 +9,6 @@ __all__ = ['Shape', 'parse_shapes', 'attention_cost', 'rate_meter', 'parse_conte
            'circumstances', 'bench_shape', 'bench_table', 'plot_bench', 'bench_main']
 
 # %% ../../nbs/api/bench/layers.ipynb #1e4ce4e1
-import argparse
 import fnmatch
 import importlib.metadata
 import importlib.util
@@ -20,6 +19,7 @@ import re
 import subprocess
 import sys
 import time
+from argparse import BooleanOptionalAction
 from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..attention.layers import SelfAttention
 from ..attention.ops import attention_backend
+from ..shell import CommandParser, check_result, more_than_0
 
 # %% ../../nbs/api/bench/layers.ipynb #dbb7a01e
 class Shape(NamedTuple):
@@ -425,25 +426,15 @@ def _result_file(args):
     return args.out/f"layers-{what}-float32-torch{torch.__version__.split('+')[0]}-{cpu}-{args.threads}threads.csv"
 
 # %% ../../nbs/api/bench/layers.ipynb #2081109a
-class _Parser(argparse.ArgumentParser):
-    def error(self, message): self.exit(2, f'{self.prog}: {message}\n')
-
-def _more_than_0(kind):
-    def parse(s):
-        if not 0 < (v := kind(s)) < float('inf'): raise argparse.ArgumentTypeError(f"must be a number more than 0, got {s}")
-        return v
-    parse.__name__ = kind.__name__
-    return parse
-
 def _bench_parser():
-    p = _Parser(prog='selfattn-bench', description="Measure time and peak memory of self-attention layers on the CPU: ours, fastai's, PyTorch's and, where installed, timm's. "
+    p = CommandParser(prog='selfattn-bench', description="Measure time and peak memory of self-attention layers on the CPU: ours, fastai's, PyTorch's and, where installed, timm's. "
                 "Writes a csv file with the circumstances in every row, and a picture.")
     p.add_argument('--shapes', default='table', metavar='SHAPES', help="table (what a U-Net meets), sides (one image, 16x16 to 256x256), all, or shapes bs,c,side "
                    "or bs,c,hxw such as '8,512,16 1,64,96x80' (%(default)s)")
     p.add_argument('--contestants', default='*', metavar='NAMES', help=f"names or shell patterns, separated by commas, of: {', '.join(_contestants)} (all)")
-    p.add_argument('--seconds', type=_more_than_0(float), default=10., metavar='N', help="time to spend on timing a shape, after one check of each layer; large shapes take longer, as 3 rounds are the least (%(default)s)")
-    p.add_argument('--memory', action=argparse.BooleanOptionalAction, default=True, help="measure peak memory too, in two fresh processes for each contestant and shape")
-    p.add_argument('--threads', type=_more_than_0(int), default=torch.get_num_threads(), metavar='N', help="threads for PyTorch (%(default)s)")
+    p.add_argument('--seconds', type=more_than_0(float), default=10., metavar='N', help="time to spend on timing a shape, after one check of each layer; large shapes take longer, as 3 rounds are the least (%(default)s)")
+    p.add_argument('--memory', action=BooleanOptionalAction, default=True, help="measure peak memory too, in two fresh processes for each contestant and shape")
+    p.add_argument('--threads', type=more_than_0(int), default=torch.get_num_threads(), metavar='N', help="threads for PyTorch (%(default)s)")
     p.add_argument('--out', type=Path, default=Path('benchmarks/results'), metavar='DIR', help="folder for the results, made if need be (%(default)s)")
     p.add_argument('--overwrite', action='store_true', help="replace the result of an earlier run of the same configuration")
     return p
@@ -476,16 +467,15 @@ def _measure(shapes, names, args, file):
     bar.update(total)
     return pd.concat(dfs, ignore_index=True)
 
+# %% ../../nbs/api/bench/layers.ipynb #2a74bb20
 def bench_main(
     argv:Sequence[str]=None, # arguments, those of the shell if None
 )->int: # exit status: 0 done, 1 a contestant gave another answer than fastai, 2 bad input, 130 stopped by Ctrl-C
     "The command `selfattn-bench`"
     args = _bench_parser().parse_args(argv)
     try:
-        shapes,names,file = parse_shapes(args.shapes),parse_contestants(args.contestants),_result_file(args)
-        if file.exists() and not args.overwrite: raise ValueError(f"{file} exists: use --overwrite to replace it, or another --out")
-        try: args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise ValueError(f"cannot make --out {args.out}: {e.strerror}") from e
+        shapes,names = parse_shapes(args.shapes),parse_contestants(args.contestants)
+        file = check_result(_result_file(args), args.overwrite)
     except ValueError as e:
         print(f"selfattn-bench: {e}", file=sys.stderr)
         return 2

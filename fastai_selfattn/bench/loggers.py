@@ -8,7 +8,6 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/bench/loggers.html.m
 __all__ = ['logging_cost', 'bench_logging_main']
 
 # %% ../../nbs/api/bench/loggers.ipynb #38423fbc
-import argparse
 import re
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import torch
 from fastai.torch_core import set_seed
 
 from .layers import circumstances
+from ..shell import CommandParser, at_least, check_result
 from ..seeing.gamma_logger import GammaLogger
 from ..seeing.map_logger import AttentionMapLogger
 from ..walls.rooms import make_rooms
@@ -68,24 +68,14 @@ def logging_cost(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/api/bench/loggers.ipynb #ba8a95c7
-class _Parser(argparse.ArgumentParser):
-    def error(self, message): self.exit(2, f'{self.prog}: {message}\n')
-
-def _at_least(lowest):
-    def parse(s):
-        if (v := int(s)) < lowest: raise argparse.ArgumentTypeError(f'must be {lowest} or more, got {s}')
-        return v
-    parse.__name__ = 'int'
-    return parse
-
 def _parser():
-    p = _Parser(prog='selfattn-bench-logging', description="Measure the share of an epoch's time that GammaLogger and AttentionMapLogger take, at their defaults, in the training of selfattn-walls. "
+    p = CommandParser(prog='selfattn-bench-logging', description="Measure the share of an epoch's time that GammaLogger and AttentionMapLogger take, at their defaults, in the training of selfattn-walls. "
                 "Writes a csv file with the circumstances in every row.")
-    p.add_argument('--n-rooms', type=_at_least(16), default=600, metavar='N', help="rooms to make (%(default)s)")
-    p.add_argument('--size', type=_at_least(32), default=96, metavar='PIXELS', help="side of the pictures (%(default)s)")
-    p.add_argument('--bs', type=_at_least(2), default=8, metavar='N', help="pictures in a batch (%(default)s)")
-    p.add_argument('--epochs', type=_at_least(1), default=3, metavar='N', help="epochs to time for each logger, after one that is not timed (%(default)s)")
-    p.add_argument('--threads', type=_at_least(1), default=torch.get_num_threads(), metavar='N', help="threads for PyTorch (%(default)s)")
+    p.add_argument('--n-rooms', type=at_least(16), default=600, metavar='N', help="rooms to make (%(default)s)")
+    p.add_argument('--size', type=at_least(32), default=96, metavar='PIXELS', help="side of the pictures (%(default)s)")
+    p.add_argument('--bs', type=at_least(2), default=8, metavar='N', help="pictures in a batch (%(default)s)")
+    p.add_argument('--epochs', type=at_least(1), default=3, metavar='N', help="epochs to time for each logger, after one that is not timed (%(default)s)")
+    p.add_argument('--threads', type=at_least(1), default=torch.get_num_threads(), metavar='N', help="threads for PyTorch (%(default)s)")
     p.add_argument('--out', type=Path, default=Path('benchmarks/results'), metavar='DIR', help="folder for the result, made if need be (%(default)s)")
     p.add_argument('--overwrite', action='store_true', help="replace the result of an earlier run of the same configuration")
     return p
@@ -94,16 +84,14 @@ def _result_file(args):
     cpu = re.sub('[^a-z0-9]+', '-', circumstances()['machine'].lower()).strip('-')
     return args.out/f"logging-{args.n_rooms}rooms-{args.size}px-bs{args.bs}-torch{torch.__version__.split('+')[0]}-{cpu}-{args.threads}threads.csv"
 
+# %% ../../nbs/api/bench/loggers.ipynb #d7538cfb
 def bench_logging_main(
     argv:Sequence[str]=None, # arguments, those of the shell if None
 )->int: # exit status: 0 done, 2 bad input, 130 stopped by Ctrl-C
     "The command `selfattn-bench-logging`"
     args = _parser().parse_args(argv)
     try:
-        file = _result_file(args)
-        if file.exists() and not args.overwrite: raise ValueError(f"{file} exists: use --overwrite to replace it, or another --out")
-        try: args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise ValueError(f"cannot make --out {args.out}: {e.strerror}") from e
+        file = check_result(_result_file(args), args.overwrite)
     except ValueError as e:
         print(f"selfattn-bench-logging: {e}", file=sys.stderr)
         return 2

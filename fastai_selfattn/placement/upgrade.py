@@ -121,6 +121,7 @@ def _ours_for(layer):
     for name in (n for n in vars(layer) if '_hook' in n): setattr(ours, name, getattr(layer, name))     # the very dicts, so that handles still work
     return ours
 
+# %% ../../nbs/api/placement/upgrade.ipynb #a40ddf57
 class Upgrade(NamedTuple):
     "What `upgrade_attention` did: paths of layers"
     upgraded:dict[str,str]     # path -> class that it is now

@@ -8,7 +8,6 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/walls/commands.html.
 __all__ = ['walls_main', 'recolor_main']
 
 # %% ../../nbs/api/walls/commands.ipynb #ff513e95
-import argparse
 import copy
 import difflib
 import shlex
@@ -33,20 +32,11 @@ from .data import open_photo, split_walls, wall_dls, wall_items
 from .train import evaluate_walls, small_encoder, wall_learner
 from .paint import recolor, wall_probability
 from .report import save_figure, plot_predictions, plot_recolored, write_report
+from ..shell import CommandParser, at_least
 from .rooms import make_rooms
 
 # %% ../../nbs/api/walls/commands.ipynb #8bd2b1e4
 _N_ROOMS = 600
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message): self.exit(2, f'{self.prog}: {message}\n')
-
-def _at_least(lowest, kind=int):
-    def parse(s):
-        if not (v := kind(s)) >= lowest: raise argparse.ArgumentTypeError(f'must be {lowest} or more, got {s}')
-        return v
-    parse.__name__ = kind.__name__
-    return parse
 
 def _archs():
     "The encoders of torchvision and fastai, and `small`, by name"
@@ -62,19 +52,19 @@ def _find_arch(name):
 
 # %% ../../nbs/api/walls/commands.ipynb #14cb5809
 def _walls_parser():
-    p = _Parser(prog='selfattn-walls', description="Train a U-Net with self-attention to find the walls in pictures of rooms, and write a folder with "
+    p = CommandParser(prog='selfattn-walls', description="Train a U-Net with self-attention to find the walls in pictures of rooms, and write a folder with "
                 "the model, figures and pictures.")
     p.add_argument('--data', type=Path, metavar='DIR', help="folder with images/ and masks/, matched by file stem; rooms are made if not given")
-    p.add_argument('--wall-code', type=_at_least(0), metavar='N', help="mask value that means wall (any value but 0 if not given), with --data")
-    p.add_argument('--n-rooms', type=_at_least(4), metavar='N', help=f"rooms to make, without --data ({_N_ROOMS})")
-    p.add_argument('--size', type=_at_least(32), default=96, metavar='PIXELS', help="side that pictures are squeezed to (%(default)s)")
-    p.add_argument('--epochs', type=_at_least(1), default=12, metavar='N', help="times to go through the training pictures (%(default)s)")
-    p.add_argument('--bs', type=_at_least(2), default=8, metavar='N', help="pictures in a batch (%(default)s)")
-    p.add_argument('--lr', type=_at_least(1e-8, float), default=2e-3, help="highest learning rate of the one-cycle schedule (%(default)s)")
+    p.add_argument('--wall-code', type=at_least(0), metavar='N', help="mask value that means wall (any value but 0 if not given), with --data")
+    p.add_argument('--n-rooms', type=at_least(4), metavar='N', help=f"rooms to make, without --data ({_N_ROOMS})")
+    p.add_argument('--size', type=at_least(32), default=96, metavar='PIXELS', help="side that pictures are squeezed to (%(default)s)")
+    p.add_argument('--epochs', type=at_least(1), default=12, metavar='N', help="times to go through the training pictures (%(default)s)")
+    p.add_argument('--bs', type=at_least(2), default=8, metavar='N', help="pictures in a batch (%(default)s)")
+    p.add_argument('--lr', type=at_least(1e-8, float), default=2e-3, help="highest learning rate of the one-cycle schedule (%(default)s)")
     p.add_argument('--arch', default='small', metavar='NAME', help="encoder: small, or any of torchvision or fastai that unet_learner takes, such as resnet34 (%(default)s)")
     p.add_argument('--pretrained', action='store_true', help="start from the encoder's pretrained weights (downloads them)")
     p.add_argument('--no-attention', action='store_true', help="train without self-attention, to compare")
-    p.add_argument('--seed', type=_at_least(0), default=0, metavar='N', help="the same seed gives the same rooms, split and start weights (%(default)s)")
+    p.add_argument('--seed', type=at_least(0), default=0, metavar='N', help="the same seed gives the same rooms, split and start weights (%(default)s)")
     p.add_argument('--out', type=Path, metavar='DIR', help="new folder for the results; walls-run-1, -2, ... if not given")
     return p
 
@@ -152,7 +142,7 @@ def walls_main(
 
 # %% ../../nbs/api/walls/commands.ipynb #230b3456
 def _recolor_parser():
-    p = _Parser(prog='selfattn-recolor', description="Repaint the walls in photos, with a model from selfattn-walls. "
+    p = CommandParser(prog='selfattn-recolor', description="Repaint the walls in photos, with a model from selfattn-walls. "
                 "Loading a model runs code in it: use only models that you trust.")
     p.add_argument('--model', type=Path, required=True, metavar='FILE', help="export.pkl of a run")
     p.add_argument('--color', required=True, help="new paint, such as '#7aa6c2' or teal")

@@ -5,6 +5,7 @@ import math
 import fastai.layers
 import pytest
 import torch
+from fastai.callback import progress  # noqa: F401  gives `Learner` its `no_bar`
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
@@ -200,13 +201,14 @@ def test_recorded_maps_are_rows_of_the_map(cls):
     maps = rec.maps['0.3']
     assert maps.shape == (2, 3, H, W)
     close(maps.sum((-2, -1)), torch.ones(2, 3))
-    with torch.no_grad(): w = layer_weights(model[0][3], model[0][:3](x), [0, 3*W+4, 9*W+13]).mean(1)
-    close(maps, w)
-    p = maps[:, 1].flatten(1)
-    close(rec.stats['0.3'].entropy[:, 3, 4], -torch.special.xlogy(p, p).sum(-1), rtol=1e-4, atol=1e-5)
+    with torch.no_grad(): w = layer_weights(model[0][3], model[0][:3](x), [0, 3*W+4, 9*W+13])
+    close(maps, w.mean(1))
+    p,s = w[:, :, 1].flatten(2),rec.stats['0.3']     # statistics are means over the heads
+    close(s.entropy[:, 3, 4], -torch.special.xlogy(p, p).sum(-1).mean(1), rtol=1e-4, atol=1e-5)
     at = torch.cartesian_prod(2*torch.arange(H)+1., 2*torch.arange(W)+1.)
-    close(rec.stats['0.3'].distance[:, 3, 4], (p*(at-at[3*W+4]).norm(dim=1)).sum(-1), rtol=1e-4, atol=1e-4)
-    close(rec.stats['0.3'].itself[:, 3, 4], p[:, 3*W+4])
+    close(s.distance[:, 3, 4], (p*(at-at[3*W+4]).norm(dim=1)).sum(-1).mean(1), rtol=1e-4, atol=1e-4)
+    close(s.itself[:, 3, 4], p[..., 3*W+4].mean(1))
+    close(s.largest[:, 3, 4], p.amax(-1).mean(1))
 
 def test_the_map_of_multihead_attention_is_its_own():
     model,x = model_with(MapMHA),images()
@@ -216,10 +218,9 @@ def test_the_map_of_multihead_attention_is_its_own():
         w = model[0][3].attn(p, p, p, need_weights=True)[1]
     close(rec.maps['0.3'][:, 0].flatten(1), w[:, 3*W+4])
 
-@with_map
+@pytest.mark.parametrize('cls', WITH_WEIGHTS, ids=lambda c: c.__name__)
 def test_the_map_explains_the_output(cls):
     "The registered weights are those that the layer uses: the output made of them is the layer's own"
-    if cls not in (CrissCross, Linear): pytest.skip('its values pass through further layers')
     layer,x = WITH_WEIGHTS[cls][0](C),torch.randn(2, C, 5, 7)
     nn.init.constant_(layer.gamma, .7)
     register_attention(cls, **WITH_WEIGHTS[cls][1])
@@ -309,7 +310,7 @@ def test_receptive_field_leaves_nothing_in_fastais_own_unet():
     "fastai's `DynamicUnet` keeps its skips with their graph, which cannot be copied"
     from fastai.vision.learner import create_unet_model
     from fastai.vision.models import resnet18
-    model = create_unet_model(resnet18, 2, (64, 64), pretrained=False, self_attention=True)
+    model = nn.Sequential(create_unet_model(resnet18, 2, (64, 64), pretrained=False), SelfAttention(2))
     receptive_field(model, torch.randn(1, 3, 64, 64))
     copy.deepcopy(model)
 
@@ -342,15 +343,16 @@ def test_did_you_mean():
 # --- status
 
 def test_status_of_a_learner_prints_and_displays():
-    model = nn.Sequential(nn.Conv2d(3, C, 3), SelfAttention(C), PooledSelfAttention2d(C, gamma=.25), SimpleSelfAttention(C), fastai.layers.SelfAttention(C))
-    for p in model[2].query.parameters(): p.requires_grad_(False)
+    layers = SelfAttention(C), PooledSelfAttention2d(C, gamma=.25), SimpleSelfAttention(C), fastai.layers.SelfAttention(C)
+    model = nn.Sequential(nn.Conv2d(3, C, 3), nn.Conv2d(C, C, 3), *layers)
+    for p in model[3].query.parameters(): p.requires_grad_(False)
     insert_attention(model, '0', how='append', size=12, layer=SelfAttention)
     learn = Learner(DataLoaders(DataLoader([0]), DataLoader([0])), model, loss_func=MSELossFlat())
     status = learn.attention_status()
     assert len(status) == 5 and 'Attention in Sequential' in repr(status) and '<table' in status._repr_html_()
     df = status.df().set_index('path')
-    assert df.loc['2', 'gamma'] == .25 and df.loc['2', 'trainable'] == 'partly' and df.loc['3', 'map'] == 'none'
-    assert df.loc['0.attention', 'origin'] == 'appended' and df.loc['4', 'origin'] == 'came with the model'
+    assert df.loc['3', 'gamma'] == .25 and df.loc['3', 'trainable'] == 'partly' and df.loc['4', 'map'] == 'none'
+    assert df.loc['0.attention', 'origin'] == 'appended' and df.loc['5', 'origin'] == 'came with the model'
 
 def test_status_says_what_was_replaced():
     model = nn.Sequential(nn.Conv2d(3, C, 3), nn.Conv2d(C, C, 3, padding=1))

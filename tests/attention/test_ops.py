@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from conftest import Largest, named
+from formulas import rel
 from hypothesis import given, settings, strategies as st
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.nn import functional as F
@@ -21,7 +22,6 @@ def inputs(bs, nq, nk, d, dv, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(bs, n, ch, generator=g, dtype=dtype).requires_grad_() for n, ch in ((nq, d), (nk, d), (nk, dv))]
 
-def rel(a, b): return ((a - b).norm() / b.norm().clamp_min(1)).item()     # absolute where the truth is (nearly) zero
 
 def compare(qkv, scale, tol, f=attend, truth=plain):
     o, want = f(*qkv, scale), truth(*qkv, scale)

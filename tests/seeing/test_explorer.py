@@ -260,7 +260,7 @@ ERRORS = {
     'no items': (lambda p: dict(items=[]), ValueError, 'no pictures'),
     'no layer of that name': (lambda p: dict(layers='none*'), ValueError, r"'model': no attention layer none\*: there are heads, pooled"),
     'no attention': (lambda p: dict(others={'plain': nn.Conv2d(3, 3, 1)}), ValueError, "'plain': no attention layer"),
-    'no softmax': (lambda p: dict(others={'dot': nn.Sequential(nn.Conv2d(3, 8, 1), SelfAttention(8, softmax=False))}), ValueError, "'dot': 1 weighs pixels by dot products"),
+    'no softmax': (lambda p: dict(others={'dot': nn.Sequential(nn.Conv2d(3, 8, 1), SelfAttention(8, softmax=False))}), ValueError, "'dot': 1: no map is known, since weights are dot products"),
     'a line': (lambda p: dict(others={'line': Line()}), ValueError, "layer at of 'line' sees a 1d map: an explorer shows 2d maps"),
     'infinite': (lambda p: dict(others={'broken': broken()}), ValueError, "layer heads of 'broken' has query or key vectors that are not finite on picture 1"),
     'fails inside': (lambda p: dict(others={'bad': nn.Sequential(nn.Conv2d(3, 5, 1), SelfAttention(8))}), ValueError, '`x` must be'),
@@ -270,7 +270,7 @@ ERRORS = {
 def test_mistakes_are_told_and_nothing_is_written(what, learn, folder):
     args, error, says = ERRORS[what]
     before = contents(folder)
-    with pytest.raises(error, match=says): attention_explorer(**{'learn': learn, 'fname': folder / 'page.html', 'n': 1, **args(folder)})
+    with pytest.raises(error, match=says): attention_explorer(**{'learn': learn, 'fname': folder / 'page.html', 'max_n': 1, **args(folder)})
     assert contents(folder) == before and sorted(p.name for p in folder.iterdir()) == ['folder.html', 'old.html']
 
 @pytest.mark.parametrize('where', ['replace', 'open'])

@@ -644,7 +644,7 @@ def test_two_processes(tmp_path, files):
     pytest.importorskip('accelerate', reason='fastai trains on several processes with accelerate, which is not installed')
     (tmp_path / 'train.py').write_text(DISTRIBUTED)
     (tmp_path / 'files.json').write_text(json.dumps([str(f) for f in files]))
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.path.dirname(__file__)}
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])}
     res = subprocess.run([str(bin_dir / 'torchrun'), '--standalone', '--nproc_per_node', '2', 'train.py'], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert not res.returncode, res.stderr[-3000:]
     one, two = (json.loads((tmp_path / f'{i}.json').read_text()) for i in (0, 1))
@@ -822,7 +822,7 @@ def test_a_folder_that_is_gone_stays_gone_in_validation(tmp_path, files):
 def test_overlays_show_the_map_and_the_point(tmp_path, files):
     "The same picture drawn by `show_attention` from what a recorder sees"
     from fastai_selfattn.seeing.plot import show_attention
-    logger = AttentionMapLogger(points=[(7, 2)], n=1, layers='4', path=tmp_path / 'maps')
+    logger = AttentionMapLogger(points=[(7, 2)], max_n=1, layers='4', path=tmp_path / 'maps')
     learn = segment(files, tmp_path, logger)
     learn.add_cb(spy := Maps(x_of(learn, files[8:9]), [(7, 2)]))
     learn.fit(1, .01)

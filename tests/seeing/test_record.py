@@ -23,7 +23,7 @@ from fastai.vision.data import ImageBlock
 from fastai.vision.models import resnet18
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from test_layers import written_out
+from formulas import written_out
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -457,7 +457,7 @@ def test_layers_without_a_softmax(make):
     assert df.loc['1', ['map', 'entropy']].isna().all() and df.loc['1', 'change'] > 0 and df.loc['2', 'map'] == '8x6'
     for kwargs in (dict(), dict(points=None), dict(points=[(0, 0)], stats=False), dict(points=None, stats=False, vectors=True)):
         for layers in ('1', ['2', '1'], '*'):
-            with pytest.raises(ValueError, match='^1 weighs pixels by dot products without a softmax, so there is no map: choose other `layers`, or ask with `points=None, stats=False`'):
+            with pytest.raises(ValueError, match='^1: no map is known, since weights are dot products without a softmax.*choose other `layers`, or ask with `points=None, stats=False`'):
                 AttentionRecorder(model, layers=layers, **kwargs)
         with pytest.raises(ValueError, match='without a softmax'): AttentionRecorder(model[:2], **kwargs)          # there is nothing else
     with AttentionRecorder(model[:2], None, stats=False) as rec: rec.model(x)
@@ -492,9 +492,9 @@ def test_layers_by_name_and_pattern():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), SelfAttention(8), nn.ModuleDict(dict(a=inner(), ab=inner())), fastai.layers.SelfAttention(8))
     every = ['1', '2.a.1', '2.ab.1', '3']
     assert list(attention_layers(model)) == every == list(choose_layers(model)) == list(AttentionRecorder(model).layers)
-    for layers, want in (('1', ['1']), ('*', ['1', '3']), ('2.*.1', every[1:3]), ('2.a.1', ['2.a.1']), (['3', '?'], ['1', '3']), (('3', '2.a*.1'), every[1:]), ('2.[a].1', ['2.a.1'])):
+    for layers, want in (('1', ['1']), ('*', ['1', '3']), ('2.*.1', every[1:3]), ('2.*', every[1:3]), ('2.a.1', ['2.a.1']), (['3', '?'], ['1', '3']), (('3', '2.a*.1'), every[1:]), ('2.[a].1', ['2.a.1'])):
         assert list(choose_layers(model, layers)) == want
-    for layers, says in (('2.*', r'no attention layer 2\.\*: there are 1, 2\.a\.1, 2\.ab\.1, 3'), (['1', '2', '4'], 'no attention layer 2, 4: there are 1,'), ('0', 'no attention layer 0:'), ([], 'chosen: there are 1'), ('*.a.1.*', 'there are')):
+    for layers, says in (('4.*', r'no attention layer 4\.\*: there are 1, 2\.a\.1, 2\.ab\.1, 3'), (['1', '2', '4'], 'no attention layer 2, 4: there are 1,'), ('0', 'no attention layer 0:'), ([], 'chosen: there are 1'), ('*.a.1.*', 'there are')):
         for f in (choose_layers, lambda m, l: AttentionRecorder(m, layers=l), lambda m, l: attention_off(m, l).__enter__()):
             with pytest.raises(ValueError, match=says): f(model, layers)
     for layers in (3, [1], {'1'}, lambda n: True, [None]):
@@ -1123,7 +1123,7 @@ def test_pictures_of_the_validation_set_and_of_files(files):
     p = check(pictures(learn), files[5:8])
     assert p.items == files[5:8] and p.names == ['05.png', '06.png', '07.png']
     assert len(check(pictures(learn, max_n=99), files[5:]).items) == 4                       # more than there are
-    p = check(pictures(learn, [files[7], str(files[0])], n=1), [files[7], files[0]])
+    p = check(pictures(learn, [files[7], str(files[0])], max_n=1), [files[7], files[0]])
     assert p.names == ['07.png', '00.png'] and p.items == [files[7], str(files[0])]
     for one in (files[3], str(files[3])): assert check(pictures(learn, one), [files[3]]).names == ['03.png']
     for one in (PILImage.create(files[2]), Image.open(files[2])):
@@ -1137,7 +1137,7 @@ def test_pictures_of_a_batch_as_the_model_takes_it(files):
     learn = learner(files)
     x = pictures(learn).x
     for batch in (x, TensorImage(x)):
-        p = check(pictures(learn, batch, n=1), files[5:8])
+        p = check(pictures(learn, batch, max_n=1), files[5:8])
         assert torch.equal(p.x, x) and p.names == ['picture 0', 'picture 1', 'picture 2'] and len(p.items) == 3
     for bad, says in ((x[0], r'must be \(bs, channels, h, w\), got \(3, 20, 28\)'), (x[..., None], r'\(3, 3, 20, 28, 1\)')):
         with pytest.raises(ValueError, match=says): pictures(learn, bad)
@@ -1157,7 +1157,7 @@ def test_no_pictures(files):
     with pytest.raises(ValueError, match='no pictures to show.*give `items`'): pictures(learn)
     check(pictures(learn, files[:2]), files[:2])
     learn = learner(files)
-    for kwargs in (dict(items=[]), dict(n=0), dict(items=[], n=0), dict(items=pictures(learn).x[:0])):
+    for kwargs in (dict(items=[]), dict(max_n=0), dict(items=[], max_n=0), dict(items=pictures(learn).x[:0])):
         with pytest.raises(ValueError, match='no pictures to show'): pictures(learn, **kwargs)
 
 
@@ -1185,7 +1185,7 @@ def test_pictures_of_any_number_of_channels(c):
     close(p.images, p.x.mean(1, keepdim=True))
 
 
-@pytest.mark.parametrize('look', [lambda l, f: pictures(l), lambda l, f: pictures(l, f[:3]), lambda l, f: pictures(l, pictures(l).x), lambda l, f: pictures(l, n=99)], ids=['validation', 'files', 'tensor', 'all'])
+@pytest.mark.parametrize('look', [lambda l, f: pictures(l), lambda l, f: pictures(l, f[:3]), lambda l, f: pictures(l, pictures(l).x), lambda l, f: pictures(l, max_n=99)], ids=['validation', 'files', 'tensor', 'all'])
 @pytest.mark.parametrize('plain', [False, True], ids=['blocks', 'plain'])
 def test_training_goes_on_as_without_pictures(files, look, plain):
     def batches(look):

@@ -230,10 +230,11 @@ def test_pretrained_is_asked_of_the_encoder_and_trained_as_a_whole(tmp_path, roo
 def test_ctrl_c_ends_cleanly_with_the_table_so_far(tmp_path, rooms):
     out = tmp_path/'run'
     p = subprocess.Popen([Path(sys.executable).parent/'selfattn-walls', '--epochs', '500', '--bs', '4', '--size', '32', '--data', rooms, '--out', out],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # ignored where pytest runs in the background
     for _ in range(1200):
         time.sleep(.1)
-        if (out/'table.csv').exists() and len((out/'table.csv').read_text().splitlines()) > 2: break
+        if p.poll() is not None or (out/'table.csv').exists() and len((out/'table.csv').read_text().splitlines()) > 2: break
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=60)
     assert p.returncode == 130 and 'Traceback' not in err and f'stopped; the table so far is in {out}/table.csv' in err
