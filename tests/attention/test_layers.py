@@ -711,14 +711,16 @@ def test_compile_in_one_graph(cls): compiled_as_eager(cls, 'aot_eager')
 @pytest.mark.parametrize('kwargs', [dict(norm_type=NormType.Weight), dict(pool=2, reduction=4, heads=2), dict(norm_type=None, softmax=False)], ids=named)
 def test_compile_options_in_one_graph(kwargs): compiled_as_eager(SelfAttention, 'aot_eager', sizes=((5, 7),), **kwargs)
 
+tiles_compile = pytest.mark.skipif(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 14), reason='compiling the tiled kernel was tried on PyTorch 2.14 and 2.15 only')
+
+@tiles_compile
 def test_compile_the_tiled_kernel_in_one_graph():
-    if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 15): pytest.skip('PyTorch before 2.15 does not compile the tiled kernel in one graph')
     with attention_backend('tiled'): compiled_as_eager(SelfAttention, 'aot_eager', sizes=((5, 7), (3, 5, 2)))
     compiled_as_eager(SelfAttention, 'aot_eager', sizes=((29, 31), (37, 23)))
 
+@tiles_compile
 @pytest.mark.skipif(not (shutil.which('c++') or shutil.which('g++') or shutil.which('clang++')), reason='inductor compiles C++, and there is no C++ compiler here')
 def test_compile_with_inductor():
-    if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 15): pytest.skip('PyTorch before 2.15 does not compile the tiled kernel in one graph')
     with attention_backend('tiled'): compiled_as_eager(SelfAttention, 'inductor', sizes=((5, 7),))
 
 
@@ -1067,6 +1069,7 @@ def test_a_checkpoint_with_singular_vectors_of_one_conv(brings):
         assert torch.linalg.matrix_norm(part[0].weight.flatten(1), 2).item() == pytest.approx(1, rel=1e-2)
 
 
+@tiles_compile
 def test_compiled_training_step_through_tiles():
     "More than 512 pixels, so that attention goes tile by tile, forward and backward"
     torch.manual_seed(3)
