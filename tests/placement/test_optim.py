@@ -31,7 +31,7 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
 from fastai_selfattn.placement import insert as insert_module
 from fastai_selfattn import learner  # noqa: F401  patches `Learner`
 from fastai.distributed import DistributedTrainer
-from fastai_selfattn.seeing.callbacks import GammaLogger
+from fastai_selfattn.seeing.gamma_logger import GammaLogger
 from fastai_selfattn.placement import optim as optim_module
 from fastai_selfattn.placement.insert import insert_attention, remove_attention
 from fastai_selfattn.placement.optim import AttentionHooks, AttentionSplitter, inserted_layers

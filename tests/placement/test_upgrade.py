@@ -530,7 +530,7 @@ def test_xresnet(sym, around):
     assert not any(isinstance(m, tuple(FASTAI)) for m in model.modules())
     for training, want in before.items():
         scale = want.abs().max()
-        assert (looks(model, x, training) - want).abs().max() < 3e-5 * scale
+        assert (looks(model, x, training) - want).abs().max() < 2e-4 * scale     # float32 through a whole U-Net; 5e-5 was seen on an Intel CPU, less on an AMD
         assert (looks(without, x, training) - want).abs().max() > 1e-2 * scale
     assert not any(m.sym for m in model.modules() if isinstance(m, SimpleSelfAttention))
 
