@@ -242,6 +242,17 @@ def test_ctrl_c_ends_cleanly_with_the_table_so_far(tmp_path, rooms):
     assert len(table) >= 2 and table.gamma.notna().all()
 
 
+@pytest.mark.parametrize('rest', [10, 128, 250])
+def test_a_wall_that_is_lit_unlike_the_rest_of_the_photo(rest):
+    "The light is measured on the wall alone: a wall of one light gets the very paint, however dark or bright the room around it is"
+    a = np.full((9, 16, 3), rest, dtype=np.uint8)
+    a[:, :5] = 140                                    # less than half of the photo, so that a median of all would be that of the rest
+    prob = torch.zeros(9, 16)
+    prob[:, :5] = 1
+    out = np.asarray(recolor(Image.fromarray(a), prob, '#4080c0')).astype(int)
+    assert np.abs(out[:, :5] - [0x40, 0x80, 0xc0]).max() <= 1 and np.array_equal(out[:, 5:], a[:, 5:])
+
+
 # --- the command selfattn-recolor ---
 
 @pytest.fixture
