@@ -1,24 +1,27 @@
 "Everything a notebook needs: `from fastai_selfattn.all import *`, after `from fastai.vision.all import *`"
-from fastai_selfattn import learner# noqa: F401  gives `Learner` its methods
-from fastai_selfattn.seeing.gamma_logger import GammaLogger
-from fastai_selfattn.seeing.map_logger import AttentionMapLogger
-from fastai_selfattn.seeing.explorer import attention_explorer
-from fastai_selfattn.placement.insert import insert_attention, remove_attention
-from fastai_selfattn.placement.optim import inserted_layers
-from fastai_selfattn.seeing.interpret import AttentionInterpretation
+from fastai_selfattn import learner  # noqa: F401  gives `Learner` its methods
+from fastai_selfattn.attention.kinds import attention_layers, attention_off, attention_status, register_attention
 from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention, fuse_attention
 from fastai_selfattn.attention.ops import attend, attention_backend, attention_stats, attention_weights, dot_attend
-from fastai_selfattn.seeing.chart import plot_attention_stats, plot_gamma, plot_sites
-from fastai_selfattn.seeing.plot import plot_attention, show_attention, show_attention_growth, show_receptive_field
-from fastai_selfattn.seeing.field import receptive_field
-from fastai_selfattn.seeing.record import AttentionRecorder
-from fastai_selfattn.attention.kinds import attention_layers, attention_off, attention_status, register_attention
+from fastai_selfattn.placement.insert import insert_attention, remove_attention
+from fastai_selfattn.placement.optim import inserted_layers
 from fastai_selfattn.placement.sites import attention_sites
 from fastai_selfattn.placement.unet import create_unet_model, unet_learner
 from fastai_selfattn.placement.upgrade import upgrade_attention
+from fastai_selfattn.seeing.chart import plot_attention_stats, plot_gamma, plot_sites
+from fastai_selfattn.seeing.explorer import attention_explorer
+from fastai_selfattn.seeing.field import receptive_field
+from fastai_selfattn.seeing.gamma_logger import GammaLogger
+from fastai_selfattn.seeing.interpret import AttentionInterpretation
+from fastai_selfattn.seeing.map_logger import AttentionMapLogger
+from fastai_selfattn.seeing.plot import plot_attention, show_attention, show_attention_growth, show_receptive_field
+from fastai_selfattn.seeing.record import AttentionRecorder
 
-__all__ = ['attend', 'attention_backend', 'attention_stats', 'attention_weights', 'dot_attend', 'SelfAttention', 'PooledSelfAttention2d',
-           'PaperSelfAttention', 'SimpleSelfAttention', 'fuse_attention', 'attention_sites', 'insert_attention', 'inserted_layers',
-           'remove_attention', 'upgrade_attention', 'create_unet_model', 'unet_learner', 'AttentionRecorder', 'attention_layers',
-           'attention_off', 'register_attention', 'attention_status', 'receptive_field', 'plot_attention', 'plot_attention_stats', 'plot_gamma', 'plot_sites', 'show_attention',
-           'show_attention_growth', 'show_receptive_field', 'GammaLogger', 'AttentionMapLogger', 'AttentionInterpretation', 'attention_explorer']
+__all__ = ['attend', 'attention_backend', 'attention_stats', 'attention_weights', 'dot_attend',
+           'SelfAttention', 'PooledSelfAttention2d', 'PaperSelfAttention', 'SimpleSelfAttention', 'fuse_attention',
+           'register_attention', 'attention_layers', 'attention_status', 'attention_off',
+           'attention_sites', 'insert_attention', 'inserted_layers', 'remove_attention', 'upgrade_attention',
+           'create_unet_model', 'unet_learner',
+           'AttentionRecorder', 'receptive_field', 'GammaLogger', 'AttentionMapLogger', 'AttentionInterpretation', 'attention_explorer',
+           'plot_attention', 'plot_attention_stats', 'plot_gamma', 'plot_sites',
+           'show_attention', 'show_attention_growth', 'show_receptive_field']
