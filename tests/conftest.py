@@ -1,5 +1,6 @@
 import os, re, shutil, subprocess, sys
 from pathlib import Path
+import fastai.callback.all  # noqa: F401  gives `Learner` `no_bar`, `fit_one_cycle` and the like, whichever test comes first
 import pytest, torch
 from hypothesis import settings
 from torch.profiler import ProfilerActivity, profile

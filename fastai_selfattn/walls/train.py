@@ -11,7 +11,7 @@ __all__ = ['small_encoder', 'WallIoU', 'wall_learner', 'evaluate_walls']
 from pathlib import Path
 
 import numpy as np
-from fastai.callback import schedule  # noqa: F401  gives `Learner` its `fit_one_cycle`
+from fastai.callback import progress, schedule  # noqa: F401  give `Learner` its `no_bar` and `fit_one_cycle`
 from fastai.data.core import DataLoaders
 from fastai.layers import ConvLayer, ResBlock
 from fastai.learner import Learner

@@ -242,6 +242,11 @@ def test_ctrl_c_ends_cleanly_with_the_table_so_far(tmp_path, rooms):
     assert len(table) >= 2 and table.gamma.notna().all()
 
 
+def test_what_training_needs_of_fastai_is_imported_by_the_module_itself():
+    "In a process that has imported nothing else"
+    code = "import fastai_selfattn.walls.train; from fastai.learner import Learner; Learner.no_bar, Learner.fit_one_cycle"
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
+
 @pytest.mark.parametrize('rest', [10, 128, 250])
 def test_a_wall_that_is_lit_unlike_the_rest_of_the_photo(rest):
     "The light is measured on the wall alone: a wall of one light gets the very paint, however dark or bright the room around it is"
