@@ -60,6 +60,12 @@ def eagerly()->Iterator[None]:
     else:
         with torch.compiler.set_stance('force_eager'): yield
 
+def exporting()->bool: # whether `torch.export` or `torch.onnx.export` is tracing
+    "What is computed now becomes a program that must run without this package"
+    old = tuple(map(int, torch.__version__.split('.')[:2])) < (2,14)
+    if old and torch.compiler.is_dynamo_compiling(): return False     # there `torch.compile` calls itself an export
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
 # %% ../nbs/api/quiet.ipynb #5d492d0b
 @contextmanager
 def as_before(
@@ -149,7 +155,7 @@ def check_whole(
 )->list[int]:
     "`args` as plain ints; `TypeError` unless they are whole numbers, `ValueError` below `least`"
     for name,i in args.items():
-        want = f"`{name}` must be {least} or more{unit and f' {unit}'}, got {i!r}"
-        if isinstance(i, bool) or not isinstance(i, Integral): raise TypeError(want)
-        if i < least: raise ValueError(want)
+        want = f"{least} or more{unit and f' {unit}'}, got {i!r}"
+        if isinstance(i, bool) or not isinstance(i, Integral): raise TypeError(f"`{name}` must be a whole number, {want}")
+        if i < least: raise ValueError(f"`{name}` must be {want}")
     return [int(i) for i in args.values()]

@@ -107,3 +107,34 @@ def test_no_paths_of_one_machine():
         found += [f'{f}:{i}: {l.strip()[:100]}' for i,l in enumerate(text.splitlines(), 1)
                   if '"image/png"' not in l and re.search('/(root|work|home|tmp)/', l)]
     assert not found, '\n'.join(found)
+
+
+def private_names():
+    "Names with one underscore in front that the code asks of objects of other packages -> modules"
+    trees = {m: ast.parse(p.read_text(encoding='utf-8')) for m,p in modules.items()}
+    is_private = lambda name: re.fullmatch(r'_[a-zA-Z]\w*', name) and not name.endswith('__')
+    nodes = {m: list(ast.walk(t)) for m,t in trees.items()}
+    own = {'_asdict', '_fields'}     # public in spite of their name: documented of namedtuples
+    for n in (n for ns in nodes.values() for n in ns):
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)): own.add(n.name)
+        elif isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) and isinstance(n.value, ast.Name): own.add(n.attr)
+        elif isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store): own.add(n.id)
+    own -= {'_load_from_state_dict', '_save_to_state_dict'}     # ours, in the place of PyTorch's
+    used = {}
+    for m,ns in nodes.items():
+        for n in ns:
+            names = []
+            if isinstance(n, (ast.FunctionDef, ast.ClassDef)): names = [n.name]
+            elif isinstance(n, ast.Attribute): names = [n.attr]
+            elif isinstance(n, ast.Call) and getattr(n.func, 'id', '') in ('getattr', 'hasattr', 'setattr') and isinstance(n.args[1], ast.Constant): names = [n.args[1].value]
+            elif isinstance(n, ast.ImportFrom) and not n.level: names = [*n.module.split('.'), *(a.name for a in n.names)]
+            for name in names:
+                if is_private(name) and name not in own: used.setdefault(name, set()).add(m.replace('.', '/'))
+    return used
+
+def test_private_interfaces_are_those_of_the_page():
+    section = page.partition('## What is not ours to use')[2].partition('\n## ')[0]
+    table = {}
+    for names,where in re.findall(r'^\| (`_[^|]+) \| \w+ \| ([^|]+) \|', section, re.M):
+        for name in re.findall(r'`(\w+)`', names): table[name] = set(re.findall(r'`([\w/]+)`', where))
+    assert table == private_names()

@@ -9,119 +9,46 @@ __all__ = ['SelfAttention', 'PooledSelfAttention2d', 'PaperSelfAttention', 'Simp
 
 # %% ../../nbs/api/attention/layers.ipynb #10f98733
 import copy
+import inspect
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
-from fastai.layers import ConvLayer, NormType
+from fastai.layers import NormType
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.nn.modules import module as nn_module
-from torch.nn.utils import remove_spectral_norm, remove_weight_norm, spectral_norm, weight_norm
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
+from torch.nn.utils import spectral_norm, weight_norm
 
-from . import ops
-from .ops import attend, dot_attend, exporting
-from ..quiet import eval_mode
-
-# %% ../../nbs/api/attention/layers.ipynb #25e288a1
-_norms = SpectralNorm,WeightNorm
-
-def _without_graph(module):
-    "`module`; the weights that its norms made lose their autograd graph, so that it can be copied"
-    for m in module.modules():
-        if any(isinstance(h, _norms) for h in m._forward_pre_hooks.values()): m.weight = m.weight.detach()
-    return module
-
-def _conv(ni, nf, ndim=1, norm_type=NormType.Spectral):
-    return _without_graph(ConvLayer(ni, nf, ks=1, ndim=ndim, norm_type=norm_type, act_cls=None, bias=False))
-
-# %% ../../nbs/api/attention/layers.ipynb #4cf0a7f6
-@torch.library.custom_op('fastai_selfattn::power_iteration', mutates_args=('u','v'))
-def _power_iteration(weight:Tensor, u:Tensor, v:Tensor, n_iter:int)->None:
-    "Turn `u` and `v` into the first singular vectors of the matrix `weight`"
-    dt = torch.promote_types(weight.dtype, torch.float32)
-    w,new_u = weight.to(dt),u.to(dt)
-    for _ in range(n_iter):
-        new_v = F.normalize(w.mT @ new_u, dim=0)
-        new_u = F.normalize(w @ new_v, dim=0)
-    u.copy_(new_u)
-    v.copy_(new_v)
-
-@torch.no_grad()
-def _settle(conv): _power_iteration(conv.weight_orig.flatten(1), conv.weight_u, conv.weight_v, 100)
-
-# %% ../../nbs/api/attention/layers.ipynb #8c61ac5f
-def _watched(layer):
-    others = [h for h in layer._forward_pre_hooks.values() if not isinstance(h, _norms)]
-    everywhere = [getattr(nn_module, f'_global_{kind}_hooks') for kind in ('forward_pre','forward','backward_pre','backward')]
-    return bool(others or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks or any(everywhere))
-
-def _is_plain(layer):
-    "Whether `layer` does no more than multiply by its weight, and nobody watches it do so"
-    if type(layer) is ConvLayer: return len(layer) == 1 and not _watched(layer) and _is_plain(layer[0]) and max(layer[0].kernel_size) == 1
-    return type(layer) in (nn.Conv1d,nn.Conv2d) and layer.bias is None and not _watched(layer)
-
-def _norm_weight(conv):
-    "Weight of a plain conv after its norm; in training mode that moves the power iteration one step, as a forward pass does"
-    norms = [h for h in conv._forward_pre_hooks.values() if isinstance(h, _norms)]
-    if not norms: return conv.weight
-    if isinstance(norms[0], SpectralNorm): weight = norms[0].compute_weight(conv, conv.training)
-    else:     # written out, since the second derivative of `torch._weight_norm` is wrong
-        weight = conv.weight_v*(conv.weight_g/torch.linalg.vector_norm(conv.weight_v, dim=tuple(range(1, conv.weight_v.dim())), keepdim=True))
-    if not (torch.compiler.is_compiling() or is_functorch_wrapped_tensor(weight)): conv.weight = weight.detach()     # what a call of the conv would leave there
-    return weight
-
-def _mix(weight, x):
-    "Channels of the pixels `x`, (bs, c, n), mixed by the matrix `weight`, (out, c), in the layout of `x`"
-    return F.linear(x.mT, weight).mT if x.stride(1) == 1 else F.conv1d(x, weight[...,None])
+from . import norms, ops
+from .norms import bake, normed_conv, settle, without_hook
+from .ops import attend, dot_attend
+from ..quiet import check_whole, eval_mode
 
 # %% ../../nbs/api/attention/layers.ipynb #79a30356
 class _Attention(nn.Module):
     def __init__(self, n_channels):
         super().__init__()
-        self.n_channels,self._settled = n_channels,False
+        self.n_channels = n_channels
 
-    def _spectral(self): return {name:m for name,m in self.named_modules() if hasattr(m, 'weight_u')}
-
-    def _settle(self):
-        if self._settled: return
-        if exporting() and self._spectral(): raise RuntimeError("a new attention layer settles its spectral norms in its first forward pass, which must not become part of the exported program: call the model once, then export")
-        for conv in self._spectral().values(): _settle(conv)
-        self._settled = True
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        def fits(key, t): return key in state_dict and state_dict[key].shape == t.shape
-        with_vectors = {name: fits(f'{prefix}{name}.weight_u', m.weight_u) and fits(f'{prefix}{name}.weight_v', m.weight_v) for name,m in self._spectral().items()}
-        if all(with_vectors.values()): self._settled = True
-        elif any(f'{prefix}{name}.weight_orig' in state_dict and not vectors for name,vectors in with_vectors.items()): self._settled = False
-        return super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def state_dict(self, *args, **kwargs):
-        "As `nn.Module.state_dict`, with settled singular vectors"
-        self._settle()
-        return super().state_dict(*args, **kwargs)
+    def extra_repr(self):
+        n_channels,*options = inspect.signature(type(self)).parameters.values()
+        changed = [o.name for o in options if getattr(self, o.name, o.default) != o.default and o.name != 'gamma']
+        return ', '.join([str(self.n_channels), *(f'{name}={getattr(self, name)}' for name in changed)])
 
     def _check(self, x):
         if not isinstance(x, Tensor): raise TypeError(f"`x` must be a tensor (bs, c, ...), got {type(x).__name__}")
-        if x.is_complex(): raise TypeError(f"`x` must be real, got {x.dtype}: stack real and imaginary part as channels, e.g. `torch.cat([x.real, x.imag], 1)`")
+        if x.is_complex():
+            raise TypeError(f"`x` must be real, got {x.dtype}: stack real and imaginary part as channels, e.g. `torch.cat([x.real, x.imag], 1)`")
         if not x.is_floating_point(): raise TypeError(f"`x` must be floating point, got {x.dtype}: convert it, e.g. with `.float()`")
         if not 3 <= x.dim() <= 5 or x.shape[1] != self.n_channels:
             raise ValueError(f"`x` must be (bs, {self.n_channels}, ...) with one to three map dimensions, got shape {tuple(x.shape)}")
         if 0 in x.shape[2:]: raise ValueError(f"`x` must be a map with at least one pixel, got shape {tuple(x.shape)}")
 
 # %% ../../nbs/api/attention/layers.ipynb #4ce31309
-def _check_int(**args):
-    for name,i in args.items():
-        if isinstance(i, bool) or not isinstance(i, Integral): raise TypeError(f"`{name}` must be an int, got {i!r}")
-        if i < 1: raise ValueError(f"`{name}` must be 1 or more, got {i}")
-    return [int(i) for i in args.values()]
-
 def _check_norm(norm_type):
-    if norm_type not in (NormType.Spectral,NormType.Weight,None): raise ValueError(f"`norm_type` must be NormType.Spectral, NormType.Weight or None, got {norm_type!r}")
+    if norm_type not in (NormType.Spectral,NormType.Weight,None):
+        raise ValueError(f"`norm_type` must be NormType.Spectral, NormType.Weight or None, got {norm_type!r}")
     return norm_type
 
 def _check_bool(**args):
@@ -129,8 +56,19 @@ def _check_bool(**args):
         if not isinstance(b, bool): raise TypeError(f"`{name}` must be True or False, got {b!r}")
 
 def _gamma(start):
-    if isinstance(start, bool) or not isinstance(start, Real): raise TypeError(f"`gamma` must be a number, where the layer's gamma starts; got {start!r}")
+    if isinstance(start, bool) or not isinstance(start, Real):
+        raise TypeError(f"`gamma` must be a number, where the layer's gamma starts; got {start!r}")
     return nn.Parameter(torch.tensor([float(start)]))
+
+def _rows(t, heads):
+    "(bs, channels, n) -> (bs*heads, n, channels/heads)"
+    return t.unflatten(1, (heads,-1)).flatten(0, 1).mT
+
+def _pooled(t, pool, size):
+    "(bs, channels, n) over a map of `size`, max pooled; what is left over at an odd border is a window too"
+    if pool == 1: return t
+    max_pool = (F.max_pool1d,F.max_pool2d,F.max_pool3d)[len(size)-1]
+    return max_pool(t.unflatten(2, size), pool, ceil_mode=True).flatten(2)
 
 # %% ../../nbs/api/attention/layers.ipynb #f23b8b10
 class SelfAttention(_Attention):
@@ -146,57 +84,39 @@ class SelfAttention(_Attention):
         gamma:float=0., # where gamma starts
         softmax:bool=True, # False: weights are dot products divided by the number of keys (non-local block, arXiv 1711.07971, eq. 4)
     ):
-        n_channels,reduction,heads,pool = _check_int(n_channels=n_channels, reduction=reduction, heads=heads, pool=pool)
+        n_channels,reduction,heads,pool = check_whole(n_channels=n_channels, reduction=reduction, heads=heads, pool=pool)
         _check_norm(norm_type), _check_bool(softmax=softmax)
         gamma,d = _gamma(gamma),max(1, n_channels//reduction)
         inner = self._inner_channels(n_channels, d)
         dv = inner or n_channels
         if d%heads or dv%heads:
-            raise ValueError(f"`heads={heads}` must divide the {d} query channels (n_channels//reduction) and the {dv} value channels: use other `heads` or another `reduction`")
+            raise ValueError(f"`heads={heads}` must divide the {d} query channels (n_channels//reduction) and the {dv} value channels: "
+                             "use other `heads` or another `reduction`")
         super().__init__(n_channels)
         self.reduction,self.heads,self.pool,self.norm_type,self.softmax = reduction,heads,pool,norm_type,softmax
-        self.query,self.key,self.value = (_conv(n_channels, nf, self._ndim, norm_type) for nf in (d, d, dv))
-        if inner: self.out = _conv(dv, n_channels, self._ndim, norm_type)
+        self.query,self.key,self.value = (normed_conv(n_channels, nf, self._ndim, norm_type) for nf in (d, d, dv))
+        if inner: self.out = normed_conv(dv, n_channels, self._ndim, norm_type)
         self.gamma = gamma
 
     def _inner_channels(self, n_channels, d): return None     # channels of the values where an output conv follows
-
-    def extra_repr(self): return f'{self.n_channels}, reduction={self.reduction}, heads={self.heads}, pool={self.pool}'
 
     def forward(self,
         x:Tensor, # (bs, n_channels, ...) feature map
     )->Tensor: # `gamma*o + x`, in the shape and memory format of `x`
         "`ValueError`/`TypeError` on any other shape or dtype"
         self._check(x)
-        self._settle()
-        has_out = hasattr(self, 'out')
-        early = self.pool == 1 and not has_out     # gamma scales the values
-        q,k,v = self._project(x, self._asks, self._answers, 'value', gamma=self.gamma if early else None)
-        q,k,v = self._rows(q),self._rows(self._pooled(k, x)),self._rows(self._pooled(v, x))
+        q,k,v = self._projected(x, self._asks, self._answers, 'value')
+        k,v = (_pooled(t, self.pool, x.shape[2:]) for t in (k,v))
+        q,k,v = (_rows(t, self.heads) for t in (q,k,v))
         o = attend(q, k, v) if self.softmax else dot_attend(q, k, v, 1/k.shape[1])
         o = o.mT.unflatten(0, (x.shape[0],self.heads)).flatten(1, 2)
-        if has_out: o, = self._project(o.unflatten(2, x.shape[2:]), 'out', gamma=self.gamma)
-        elif not early: o = self.gamma*o
-        return x + o.reshape(x.shape)
+        if hasattr(self, 'out'): o = self.out(o.unflatten(2, x.shape[2:]) if self._ndim == 2 else o)
+        return x + self.gamma*o.reshape(x.shape)
 
-    def _project(self, x, *names, gamma=None):
-        "What the convs `names` make of the map `x`, each (bs, channels, n); the last one times `gamma`"
-        layers,pixels = [getattr(self, name) for name in names],x.flatten(2)
-        if all(_is_plain(l) for l in layers):
-            weights = [_norm_weight(l[0] if isinstance(l, ConvLayer) else l).flatten(1) for l in layers]
-            if gamma is not None: weights[-1] = gamma*weights[-1]
-            return _mix(torch.cat(weights), pixels).split([len(w) for w in weights], 1)
-        *outs,last = [l(x if self._ndim == 2 else pixels).flatten(2) for l in layers]
-        for l in layers: _without_graph(l)
-        return *outs,last if gamma is None else gamma*last
-
-    def _pooled(self, t, x):
-        "(bs, channels, n) over the map of `x`, max pooled; what is left over at an odd border is a window too"
-        if self.pool == 1: return t
-        max_pool = (F.max_pool1d,F.max_pool2d,F.max_pool3d)[x.dim()-3]
-        return max_pool(t.unflatten(2, x.shape[2:]), self.pool, ceil_mode=True).flatten(2)
-
-    def _rows(self, t): return t.unflatten(1, (self.heads,-1)).flatten(0, 1).mT     # (bs, channels, n) -> (bs*heads, n, channels/heads)
+    def _projected(self, x, *names):
+        "What the convs `names` make of the map `x`, each (bs, channels, n)"
+        given = x if self._ndim == 2 else x.flatten(2)
+        return [getattr(self, name)(given).flatten(2) for name in names]
 
 # %% ../../nbs/api/attention/layers.ipynb #11acb445
 class PooledSelfAttention2d(SelfAttention):
@@ -217,35 +137,40 @@ class PooledSelfAttention2d(SelfAttention):
 
     def _check(self, x):
         super()._check(x)
-        if x.dim() != 4: raise ValueError(f"`x` must be a 2d map (bs, {self.n_channels}, h, w), got shape {tuple(x.shape)}: `SelfAttention(..., pool=2)` takes 1d and 3d maps too")
+        if x.dim() != 4:
+            raise ValueError(f"`x` must be a 2d map (bs, {self.n_channels}, h, w), got shape {tuple(x.shape)}: `SelfAttention(..., pool=2)` takes 1d and 3d maps too")
 
 # %% ../../nbs/api/attention/layers.ipynb #92be7ed1
 class PaperSelfAttention(SelfAttention):
     "Self-attention with the values' conv split in two, c to c/8 to c, as the paper has it (SAGAN, eq. 3)"
     def _inner_channels(self, n_channels, d): return d
 
+# %% ../../nbs/api/attention/layers.ipynb #cc87c9d5
+def _fill(conv, w):
+    "Give `conv` the weight `w`, (out, c, 1), as its norm wants it; what is left over is returned, a factor"
+    if conv.norm_type is None: conv.weight.copy_(w)
+    if conv.norm_type == NormType.Weight: conv.weight_v.copy_(w), conv.weight_g.copy_(w.norm(dim=1, keepdim=True))
+    if conv.norm_type != NormType.Spectral: return 1.
+    u,s,vh = torch.linalg.svd(w[...,0])
+    for t,value in ((conv.weight_orig, w/s[0]), (conv.weight_u, u[:,0]), (conv.weight_v, vh[0])): t.copy_(value)
+    return s[0]
+
 # %% ../../nbs/api/attention/layers.ipynb #202ada8b
 @patch
 @torch.no_grad()
 def merge(self:PaperSelfAttention)->SelfAttention: # in the mode, dtype and device of this layer
     "A `SelfAttention` with the same outputs: `out` and `value` as one conv, its spectral norm moved into gamma; `ValueError` where there is none"
-    if self.heads > 1 or self.pool > 1 or not (_is_plain(self.value) and _is_plain(self.out)):
-        raise ValueError(f"only a layer with one head, no pooling and plain convs `value` and `out` can be merged; this one has heads={self.heads}, pool={self.pool}")
-    self._settle()
-    with eval_mode(self): w = _norm_weight(self.out[0]).flatten(1).double() @ _norm_weight(self.value[0]).flatten(1).double()
-    if self.norm_type == NormType.Spectral and not (w.isfinite().all() and w.any()): raise ValueError("`out` after `value` is zero everywhere (or not finite), which no conv under spectral norm can be: train the layer first")
+    if self.heads > 1 or self.pool > 1 or not (norms.is_plain(self.value) and norms.is_plain(self.out)):
+        raise ValueError("only a layer with one head, no pooling and plain convs `value` and `out` can be merged; "
+                         f"this one has heads={self.heads}, pool={self.pool}")
+    settle(self)
+    w = self.out[0].weight.flatten(1).double() @ self.value[0].weight.flatten(1).double()
+    if self.norm_type == NormType.Spectral and not (w.isfinite().all() and w.any()):
+        raise ValueError("`out` after `value` is zero everywhere (or not finite), which no conv under spectral norm can be: train the layer first")
     with torch.random.fork_rng(devices=[]): new = SelfAttention(self.n_channels, self.reduction, norm_type=self.norm_type, softmax=self.softmax)
-    new.to(self.gamma)
-    new.query,new.key = (copy.deepcopy(_without_graph(m)) for m in (self.query,self.key))
-    new.gamma.copy_(self.gamma)
-    conv,w = new.value[0],w[...,None]
-    if self.norm_type == NormType.Weight: conv.weight_v.copy_(w), conv.weight_g.copy_(w.norm(dim=1, keepdim=True))
-    elif self.norm_type is None: conv.weight.copy_(w)
-    else:
-        u,s,vh = torch.linalg.svd(w[...,0])
-        for t,val in ((conv.weight_orig, w/s[0]), (conv.weight_u, u[:,0]), (conv.weight_v, vh[0])): t.copy_(val)
-        new.gamma.mul_(s[0])
-    new._settled = True
+    settle(new.to(self.gamma))     # the value's vectors are about to be given
+    new.query,new.key = copy.deepcopy(self.query),copy.deepcopy(self.key)
+    new.gamma.copy_(self.gamma*_fill(new.value[0], w[...,None]))
     return new.train(self.training)
 
 # %% ../../nbs/api/attention/layers.ipynb #31a18365
@@ -258,7 +183,7 @@ class SimpleSelfAttention(_Attention):
         norm_type:NormType|None=NormType.Spectral, # norm of the conv: spectral, weight or None
         gamma:float=0., # where gamma starts
     ):
-        n_in,ks = _check_int(n_in=n_in, ks=ks)
+        n_in,ks = check_whole(n_in=n_in, ks=ks)
         _check_norm(norm_type), _check_bool(sym=sym)
         if ks%2 == 0: raise ValueError(f"`ks` must be odd, so that every pixel has one output; got {ks}")
         if sym and ks > 1: raise ValueError(f"`sym=True` needs `ks=1`, since only a matrix can be symmetric; got ks={ks}")
@@ -268,29 +193,24 @@ class SimpleSelfAttention(_Attention):
         conv = nn.Conv1d(n_in, n_in, ks, padding=ks//2, bias=False)
         nn.init.kaiming_normal_(conv.weight)
         norm = {NormType.Spectral: spectral_norm, NormType.Weight: weight_norm}.get(norm_type, nn.Identity())
-        self.conv,self.gamma = _without_graph(norm(conv)),gamma
-
-    def extra_repr(self): return f'{self.n_in}, ks={self.ks}, sym={self.sym}'
+        self.conv,self.gamma = norm(conv),gamma
+        without_hook(self.conv)
 
     def forward(self,
         x:Tensor, # (bs, n_in, ...) feature map
     )->Tensor: # `gamma*o + x`, in the shape and memory format of `x`
         "`ValueError`/`TypeError` on any other shape or dtype"
         self._check(x)
-        self._settle()
         pixels = x.flatten(2)
-        if self.sym and not isinstance(self.conv, nn.Conv1d):
-            raise TypeError(f"`sym=True` takes the weight of `conv`, which must be an nn.Conv1d; got {type(self.conv).__name__}: make the layer with `sym=False`")
-        if self.sym or _is_plain(self.conv):
-            w = _norm_weight(self.conv)
-            if self.sym: w = (w+w.transpose(0, 1))/2
-            w = self.gamma*w
-            q = _mix(w.squeeze(2), pixels) if self.ks == 1 else F.conv1d(pixels, w, padding=self.ks//2)
-        else:
-            q = self.gamma*self.conv(pixels)
-            _without_graph(self.conv)
+        q = self._sym_conv(pixels) if self.sym else self.conv(pixels)
         q = q.to(pixels.dtype)     # under autocast the conv rounds, the map does not
-        return x + dot_attend(q.mT, pixels.mT, pixels.mT).mT.reshape(x.shape)
+        return x + self.gamma*dot_attend(q.mT, pixels.mT, pixels.mT).mT.reshape(x.shape)
+
+    def _sym_conv(self, pixels):
+        if not isinstance(self.conv, nn.Conv1d):
+            raise TypeError(f"`sym=True` takes the weight of `conv`, which must be an nn.Conv1d; got {type(self.conv).__name__}: make the layer with `sym=False`")
+        w = norms.next_weight(self.conv)
+        return norms.mix(((w+w.transpose(0, 1))/2).squeeze(2), pixels)
 
 # %% ../../nbs/api/attention/layers.ipynb #cbe1830d
 def fuse_attention(
@@ -298,14 +218,11 @@ def fuse_attention(
 )->nn.Module: # `model`, predicting as before in eval mode
     "Bake the norms of all attention layers into plain weights, for inference; one-way; `ValueError` if there is nothing to bake"
     layers = [m for m in model.modules() if isinstance(m, _Attention)]
-    convs = [m for l in layers for m in l.modules() if any(isinstance(h, _norms) for h in m._forward_pre_hooks.values())]
-    if not convs: raise ValueError(f"no attention layer with a norm in this {type(model).__name__}: " + ("they are fused already" if layers else "it has none of this package's layers"))
-    for l in layers: l._settle()
-    for conv in convs:
-        is_spectral = hasattr(conv, 'weight_u')
-        trains = (conv.weight_orig if is_spectral else conv.weight_v).requires_grad
-        (remove_spectral_norm if is_spectral else remove_weight_norm)(conv)
-        conv.weight.requires_grad_(trains)
+    convs = [conv for l in layers for conv in norms.normed(l)]
+    if not convs:
+        why = "they are fused already" if layers else "it has none of this package's layers"
+        raise ValueError(f"no attention layer with a norm in this {type(model).__name__}: {why}")
+    for conv in convs: bake(conv)
     for l in layers: l.norm_type = None
     return model
 
@@ -317,10 +234,10 @@ def query_key_vectors(self:SelfAttention,
 )->tuple[Tensor,Tensor]: # of the query pixels (bs, heads, ..., d), and of the pixels attended to, (bs, heads, ..., d) on the (pooled) map
     "What the layer compares: `beta` is the softmax of their dot products; with the weights of the last forward pass; changes nothing; `TypeError`/`ValueError` on unfit inputs"
     self._check(x)
-    self._settle()
-    with eval_mode(self): q,k = self._project(x, self._asks, self._answers)
+    with eval_mode(self): q,k = self._projected(x, self._asks, self._answers)
+    k = _pooled(k, self.pool, x.shape[2:])
     sides = [-(-side//self.pool) for side in x.shape[2:]]
-    return tuple(self._rows(t).unflatten(1, size).unflatten(0, (x.shape[0],self.heads)) for t,size in ((q,x.shape[2:]), (self._pooled(k, x),sides)))
+    return tuple(_rows(t, self.heads).unflatten(1, size).unflatten(0, (x.shape[0],self.heads)) for t,size in ((q,x.shape[2:]), (k,sides)))
 
 @patch
 def attention_weights(self:SelfAttention,

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from ..quiet import exporting
+
 # %% ../../nbs/api/attention/ops.ipynb #bb430b5e
 _ROWS,_COLS = 1024,512
 
@@ -199,13 +201,6 @@ def _tiled(q, k, v, scale):
         raise NotImplementedError("tiled attention has no forward-mode derivative: use reverse mode (`torch.func.grad`, `jacrev`), or `attention_backend('math')`") from e
 
 def _sdpa(q, k, v, scale): return F.scaled_dot_product_attention(q[:,None], k[:,None], v[:,None], scale=scale)[:,0]
-
-# %% ../../nbs/api/attention/ops.ipynb #a4164f40
-def exporting()->bool: # whether `torch.export` or `torch.onnx.export` is tracing
-    "What is computed now becomes a program that must run without this package"
-    old = tuple(map(int, torch.__version__.split('.')[:2])) < (2,14)
-    if old and torch.compiler.is_dynamo_compiling(): return False     # there `torch.compile` calls itself an export
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 # %% ../../nbs/api/attention/ops.ipynb #010107a2
 def _auto(q, k, v, scale):

@@ -24,15 +24,18 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ..attention.norms import without_hook
 from ..attention.layers import PooledSelfAttention2d, SelfAttention, SimpleSelfAttention
 
 # %% ../../nbs/api/placement/upgrade.ipynb #59d43b10
 def _bare(module, ndim):
     "The conv that `module` is, or is a `Sequential` of nothing but; `ValueError` unless it is a plain one of `ndim` dimensions"
     conv = module[0] if isinstance(module, nn.Sequential) and len(module) == 1 else module
-    if not isinstance(conv, (nn.Conv1d,nn.Conv2d)) or len(conv.kernel_size) != ndim: raise ValueError(f"its {type(conv).__name__} is not a conv of {ndim} dimension{'s'*(ndim > 1)}")
+    if not isinstance(conv, (nn.Conv1d,nn.Conv2d)) or len(conv.kernel_size) != ndim:
+        raise ValueError(f"its {type(conv).__name__} is not a conv of {ndim} dimension{'s'*(ndim > 1)}")
     if min(conv.in_channels, conv.out_channels) < 1: raise ValueError(f"its conv has {conv.in_channels} channels in and {conv.out_channels} out")
-    if conv.bias is not None or conv.groups != 1 or max(conv.stride) > 1 or max(conv.dilation) > 1: raise ValueError("its conv has a bias, groups, a stride or a dilation")
+    if conv.bias is not None or conv.groups != 1 or max(conv.stride) > 1 or max(conv.dilation) > 1:
+        raise ValueError("its conv has a bias, groups, a stride or a dilation")
     return conv
 
 _kinds = {('conv',):(SimpleSelfAttention,1), ('key','query','value'):(SelfAttention,1), ('key','out','query','value'):(PooledSelfAttention2d,2)}
@@ -44,13 +47,11 @@ def _new(cls, conv):
     return cls(conv.in_channels, size, norm_type=norm_type)
 
 # %% ../../nbs/api/placement/upgrade.ipynb #770f1c84
-def take_over(
-    layer:nn.Module, # fastai's `SelfAttention`, `PooledSelfAttention2d` or `SimpleSelfAttention`, or a copy of one
-    settled:bool=True, # keep the singular vectors as they are; False to settle them before the first forward pass, for a layer that was never trained
-)->nn.Module: # our layer with the very parts, gamma and modes of `layer`, which stays as it is
-    "Our layer on the parts of `layer`; `ValueError` that says what does not fit"
+def _on_parts_of(layer):
+    "Our layer on the parts of `layer`, as they are; `ValueError` that says what does not fit"
     parts,own = dict(layer.named_children()),[n for n,_ in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))]
-    if own != ['gamma'] or not isinstance(layer.gamma, nn.Parameter) or layer.gamma.numel() != 1: raise ValueError(f"its own parameters are {', '.join(own) or 'none'}, not one gamma")
+    if own != ['gamma'] or not isinstance(layer.gamma, nn.Parameter) or layer.gamma.numel() != 1:
+        raise ValueError(f"its own parameters are {', '.join(own) or 'none'}, not one gamma")
     if layer.gamma.dim() > 1: raise ValueError(f"its gamma has shape {tuple(layer.gamma.shape)}, not (1,) or ()")
     cls,ndim = _kinds.get(tuple(sorted(parts)), (None,0))
     if not cls: raise ValueError(f"its parts are {', '.join(parts) or 'none'}, not query, key and value (and out), nor conv")
@@ -59,12 +60,24 @@ def take_over(
     for name,conv in convs.items():
         blank = _bare(ours._modules[name], ndim)
         for what in ('in_channels','out_channels','kernel_size','padding'):
-            if getattr(conv, what) != getattr(blank, what): raise ValueError(f"its {name} has {what}={getattr(conv, what)}, where {cls.__name__} has {getattr(blank, what)}")
-    for conv in convs.values():
-        if hasattr(conv, 'weight_orig') or hasattr(conv, 'weight_v'): conv.weight = conv.weight.detach()     # see layers, Copies
+            if getattr(conv, what) != getattr(blank, what):
+                raise ValueError(f"its {name} has {what}={getattr(conv, what)}, where {cls.__name__} has {getattr(blank, what)}")
     ours._modules.clear()
     ours._modules.update(parts)     # in their order
-    ours.gamma,ours.training,ours._settled = layer.gamma,layer.training,settled
+    ours.gamma,ours.training = layer.gamma,layer.training
+    return ours
+
+def _own_weights(ours, settled=True):
+    "Let the convs of `ours` make their weights themselves; functions that undo it are returned"
+    return [without_hook(m, settled) for m in ours.modules() if isinstance(m, (nn.Conv1d,nn.Conv2d))]
+
+def take_over(
+    layer:nn.Module, # fastai's `SelfAttention`, `PooledSelfAttention2d` or `SimpleSelfAttention`, or a copy of one
+    settled:bool=True, # keep the singular vectors as they are; False to settle them before the first forward pass, for a layer that was never trained
+)->nn.Module: # our layer with the very parts, gamma and modes of `layer`, which gives what it gave
+    "Our layer on the parts of `layer`; `ValueError` that says what does not fit"
+    ours = _on_parts_of(layer)
+    _own_weights(ours, settled)
     return ours
 
 # %% ../../nbs/api/placement/upgrade.ipynb #3be3baa3
@@ -73,7 +86,8 @@ def _copied(layer):
     memo = {}
     for m in layer.modules():
         for name,v in vars(m).items():
-            if '_hook' in name and isinstance(v, dict): memo[id(v)] = OrderedDict((i, h) for i,h in v.items() if isinstance(h, (SpectralNorm,WeightNorm,BasePruningMethod)))
+            if '_hook' in name and isinstance(v, dict):
+                memo[id(v)] = OrderedDict((i, h) for i,h in v.items() if isinstance(h, (SpectralNorm,WeightNorm,BasePruningMethod)))
             elif isinstance(v, Tensor) and not v.is_leaf: memo[id(v)] = v.detach().clone()
             elif name == 'attention_place': memo[id(v)] = v
     return copy.deepcopy(layer, memo)
@@ -81,13 +95,12 @@ def _copied(layer):
 @torch.no_grad()
 def _difference(layer, dtype=torch.float64):
     "How far ours would be from `layer` in what it adds to a map, relative to the largest value, the worse of eval and training mode"
-    theirs = _copied(layer).to(dtype)
-    ours = take_over(theirs)
-    buffers,gen = [(b, b.clone()) for b in theirs.buffers()],torch.Generator().manual_seed(0)
+    theirs,ours = _copied(layer).to(dtype),take_over(_copied(layer).to(dtype))
+    buffers,gen = [(b, b.clone()) for m in (theirs,ours) for b in m.buffers()],torch.Generator().manual_seed(0)
     x = torch.randn(2, ours.n_channels, 4, 6, generator=gen).to(theirs.gamma)
     def added(layer, gamma, training):
         for b,start in buffers: b.copy_(start)
-        theirs.gamma.fill_(gamma)
+        layer.gamma.fill_(gamma)
         y = layer.train(training).forward(given := x.clone())
         if not given.equal(x): raise ValueError("it changes the map that it is given")
         return y-x
@@ -110,7 +123,7 @@ def _looks_like_attention(module):
 
 def _ours_for(layer):
     "Our layer to stand in the place of `layer`; `ValueError` that says why there is none"
-    ours = take_over(layer)
+    ours = _on_parts_of(layer)
     try: difference,tol = _difference(layer),1e-5
     except ValueError: raise
     except Exception:     # it may have float32 written in it
@@ -151,6 +164,7 @@ def upgrade_attention(
                 undo.callback(parent._modules.__setitem__, name, child)
                 parent._modules[name] = new[id(child)]
         for _,ours in found.values():
+            for back in _own_weights(ours): undo.callback(back)
             for h in ours._load_state_dict_pre_hooks.values():
                 if getattr(h, 'with_module', False):
                     undo.callback(setattr, h, 'module', h.module)

@@ -70,7 +70,10 @@ def same_state(a, b, **tol):
     assert list(a) == list(b)
     for name in a: close(a[name], b[name], msg=lambda m: f'{name}: {m}', **(tol or dict(rtol=0, atol=0)))
 
-def state(layer): return {k: v.clone() for k, v in nn.Module.state_dict(layer).items()}      # without settling
+def state(layer):
+    "The state dict as it is, without settling"
+    own = lambda m: (*m.named_parameters(recurse=False), *m.named_buffers(recurse=False))
+    return {f'{path}.{name}'.strip('.'): t.detach().clone() for path, m in layer.named_modules() for name, t in own(m)}
 
 def use(layer):
     with torch.no_grad(): layer(torch.randn(1, layer.n_channels, 3, 3).to(layer.gamma))
@@ -311,8 +314,8 @@ def test_same_weights_trained_alike_in_all_norms(cls, norm_type):
 
 def test_any_integer_will_do(): assert SelfAttention(np.int64(24), heads=np.int32(3)).query[0].in_channels == 24
 
-BAD = [(dict(n_channels=0), ValueError, '`n_channels` must be 1 or more, got 0'), (dict(n_channels=-8), ValueError, '`n_channels` must be'), (dict(n_channels=8.), TypeError, '`n_channels` must be an int, got 8.0'),
-       (dict(n_channels='8'), TypeError, '`n_channels` must be'), (dict(n_channels=True), TypeError, '`n_channels` must be'), (dict(reduction=0), ValueError, '`reduction` must be 1 or more'), (dict(reduction=2.), TypeError, '`reduction` must be an int'),
+BAD = [(dict(n_channels=0), ValueError, '`n_channels` must be 1 or more, got 0'), (dict(n_channels=-8), ValueError, '`n_channels` must be'), (dict(n_channels=8.), TypeError, '`n_channels` must be a whole number, 1 or more, got 8.0'),
+       (dict(n_channels='8'), TypeError, '`n_channels` must be'), (dict(n_channels=True), TypeError, '`n_channels` must be'), (dict(reduction=0), ValueError, '`reduction` must be 1 or more'), (dict(reduction=2.), TypeError, '`reduction` must be a whole number'),
        (dict(heads=0), ValueError, '`heads` must be'), (dict(heads=None), TypeError, '`heads` must be'), (dict(heads=2), ValueError, 'must divide the 3 query channels'), (dict(pool=0), ValueError, '`pool` must be'),
        (dict(pool=(2, 2)), TypeError, '`pool` must be'), (dict(norm_type=NormType.Batch), ValueError, '`norm_type` must be .*got <NormType.Batch'), (dict(norm_type='spectral'), ValueError, "got 'spectral'"), (dict(norm_type=True), ValueError, '`norm_type` must'),
        (dict(gamma='0'), TypeError, '`gamma` must be a number'), (dict(gamma=None), TypeError, '`gamma` must be'), (dict(gamma=True), TypeError, '`gamma` must be'), (dict(softmax=1), TypeError, '`softmax` must be True or False'), (dict(softmax=None), TypeError, '`softmax`')]

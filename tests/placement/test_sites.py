@@ -816,7 +816,7 @@ def test_a_head_for_maps_of_several_sizes_is_priced_at_the_largest():
 def test_side_and_the_nearest_name(sites):
     assert names(sites.match(side=12)) == E(2) + D(1) and names(sites.match('decoder.*', side=48)) == D(3) and names(sites.match(side=6, max_side=6)) == E(3) + D(0)
     with pytest.raises(ValueError, match='no site matches where=None, side=7'): sites.match(side=7)
-    with pytest.raises(TypeError, match="`side` must be 0 or more cells, got '12'"): sites.match(side='12')
+    with pytest.raises(TypeError, match="`side` must be a whole number, 0 or more cells, got '12'"): sites.match(side='12')
     for name, near in (('midle', 'middle'), ('encoder3', 'encoder.3'), ('layers.5.conv3', 'layers.5.conv')):
         with pytest.raises(ValueError, match=f"no site matches '{name}'. Did you mean '{near}"): sites.match(name)
     with pytest.raises(ValueError, match="no site matches 'xyz'. Choose"): sites.match('xyz')

@@ -1,0 +1,164 @@
+"Convs that make their own normalised weight: PyTorch's numbers to the last bit, and none of the trouble of its hooks."
+import copy, pickle
+import pytest, torch
+import torch.nn.functional as F
+from fastai.layers import ConvLayer, NormType
+from torch import nn
+from torch.nn.utils import spectral_norm, weight_norm
+
+from conftest import named
+from fastai_selfattn.attention import norms
+from fastai_selfattn.attention.norms import bake, normed_conv, settle, without_hook
+
+pytestmark = pytest.mark.filterwarnings('ignore:.*weight_norm.*deprecated')
+hooks = {NormType.Spectral: spectral_norm, NormType.Weight: weight_norm}
+each_norm = pytest.mark.parametrize('norm_type', [NormType.Spectral, NormType.Weight], ids=['spectral', 'weight'])
+
+def pair(norm_type, cls=nn.Conv1d, ni=24, no=5, ks=1, **kwargs):
+    "A conv with PyTorch's hook and a copy that makes its own weight, in the same state"
+    def make():
+        torch.manual_seed(7)
+        return hooks[norm_type](cls(ni, no, ks, **kwargs))
+    theirs, ours = make(), make()
+    without_hook(ours, settled=True)
+    return theirs, ours
+
+def pixels(conv): return torch.randn(2, conv.in_channels, *(5, 7)[:len(conv.kernel_size)])
+
+
+@each_norm
+@pytest.mark.parametrize('kwargs', [dict(), dict(bias=False), dict(ks=3, padding=1), dict(cls=nn.Conv2d, bias=False), dict(cls=nn.Conv2d, ks=3), dict(groups=5, no=10, ni=20)], ids=str)
+def test_trained_side_by_side_they_stay_equal(norm_type, kwargs):
+    theirs, ours = pair(norm_type, **kwargs)
+    assert 'weight' not in vars(ours) and not ours._forward_pre_hooks and type(ours).__module__ == norms.__name__
+    assert list(theirs.state_dict()) == list(ours.state_dict())
+    tol = dict(rtol=0, atol=0) if norm_type == NormType.Spectral else dict(rtol=1e-5, atol=1e-6)     # PyTorch has a kernel for the other
+    optims = [torch.optim.SGD(c.parameters(), lr=.05) for c in (theirs, ours)]
+    for training in (True, True, False, True):
+        x = pixels(ours)
+        outs = [c.train(training)(x) for c in (theirs, ours)]
+        torch.testing.assert_close(*outs, **tol)
+        for out, opt in zip(outs, optims):
+            opt.zero_grad()
+            out.square().mean().backward()
+            opt.step()
+        for (name, a), b in zip(theirs.state_dict().items(), ours.state_dict().values()): torch.testing.assert_close(a, b, msg=lambda m: f'{name}: {m}', **tol)
+
+def test_two_steps_before_a_backward_pass():
+    "The vectors move in place; the graph of the first step must not see it"
+    theirs, ours = pair(NormType.Spectral)
+    x = pixels(ours)
+    for c in (theirs, ours): (c(x).square().sum() + c(x).exp().mean()).backward()
+    assert torch.equal(theirs.weight_orig.grad, ours.weight_orig.grad) and ours.weight_orig.grad.abs().max() > .01
+
+@each_norm
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=['copy', 'pickle'])
+def test_copies_in_mid_step(norm_type, copied):
+    _, ours = pair(norm_type)
+    y = ours(x := pixels(ours))
+    twin = copied(ours)
+    y.sum().backward()
+    assert type(twin) is type(ours) and torch.equal(twin.eval()(x), ours.eval()(x))
+    assert next(ours.parameters()).grad.abs().max() > .01
+    assert twin.weight.data_ptr() != ours.weight.data_ptr()
+
+@each_norm
+def test_undo_gives_the_very_conv_back(norm_type):
+    torch.manual_seed(3)
+    conv = hooks[norm_type](nn.Conv1d(24, 5, 1))
+    seen = []
+    handle = conv.register_forward_hook(lambda *args: seen.append(1))
+    before, x = {k: (v, dict(v) if isinstance(v, dict) else None) for k, v in vars(conv).items()}, torch.randn(2, 24, 7)
+    undo = without_hook(conv)
+    conv(x)
+    undo()
+    assert type(conv) is nn.Conv1d and list(vars(conv)) == list(before)
+    for k, (v, inside) in before.items(): assert vars(conv)[k] is v and (inside is None or dict(v) == inside)
+    conv(x)
+    handle.remove()
+    conv(x)
+    assert len(seen) == 2
+
+class Own(nn.Conv1d): pass
+
+@pytest.mark.parametrize('make', [lambda: nn.Linear(3, 4), lambda: spectral_norm(Own(3, 4, 1)), lambda: spectral_norm(nn.Conv1d(3, 4, 1), n_power_iterations=3), lambda: spectral_norm(nn.Conv1d(3, 4, 1), dim=1),
+                                  lambda: spectral_norm(weight_norm(nn.Conv1d(3, 4, 1)), 'weight_v'), lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Conv1d(3, 4, 1)), lambda: nn.Conv3d(3, 4, 1)],
+                         ids=['linear', 'subclass', 'three steps', 'other dim', 'two norms', 'parametrization', '3d'])
+def test_what_is_not_known_stays_as_it_is(make):
+    conv = make()
+    before = vars(conv).copy()
+    without_hook(conv)
+    assert vars(conv) == before and not isinstance(conv, norms._Conv)
+
+def sigma(conv): return torch.linalg.matrix_norm(conv.weight.detach().flatten(1), 2).item()
+
+def test_settled_once_and_known_to_the_conv():
+    torch.manual_seed(5)
+    one, two = normed_conv(40, 24)[0], normed_conv(40, 24)[0]
+    assert torch.equal(one.weight, one.weight_orig) and abs(sigma(one) - 1) > .05     # raw until it is used
+    nn.init.constant_(one.weight, .5)
+    assert (one.weight_orig == .5).all()
+    one.eval()(torch.randn(1, 40, 3))
+    assert sigma(one) == pytest.approx(1, abs=1e-3)
+    two.load_state_dict(one.state_dict())
+    assert two._settled and torch.equal(two.weight_u, one.weight_u)
+    del (sd := one.state_dict())['weight_v']
+    two.load_state_dict(sd, strict=False)
+    assert not two._settled
+    settle(nn.Sequential(two))
+    assert sigma(two) == pytest.approx(1, abs=1e-3)
+
+def test_a_checkpoint_with_the_vectors_of_one_conv_of_two():
+    torch.manual_seed(5)
+    model, other = (nn.Sequential(normed_conv(40, 24), normed_conv(24, 40)) for _ in range(2))
+    sd = {k: v for k, v in other.state_dict().items() if not k.startswith('1.0.weight_') or k.endswith('orig')}
+    model.load_state_dict(sd, strict=False)
+    assert [c[0]._settled for c in model] == [True, False]
+    model.eval()(torch.randn(1, 40, 3))
+    assert torch.equal(model[0][0].weight_u, other[0][0].weight_u) and sigma(model[1][0]) == pytest.approx(1, abs=2e-3)
+
+@pytest.mark.parametrize('norm_type', [NormType.Spectral, NormType.Weight, None], ids=named)
+@pytest.mark.parametrize('ndim', [1, 2])
+def test_same_draws_as_fastai_and_checkpoints_both_ways(norm_type, ndim):
+    made = []
+    for make in (normed_conv, lambda *args: ConvLayer(24, 5, ks=1, ndim=ndim, norm_type=norm_type, act_cls=None, bias=False)):
+        torch.manual_seed(1)
+        made.append((make(24, 5, ndim, norm_type), torch.rand(1)))
+    (ours, r1), (theirs, r2) = made
+    assert torch.equal(r1, r2) and isinstance(ours, ConvLayer)
+    for (k, a), (l, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True): assert k == l and torch.equal(a, b)
+    x = torch.randn(2, 24, *(5, 7)[:ndim])
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(theirs.eval()(x), ours.eval()(x))
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(theirs.train()(x), ours.train()(x))
+
+@pytest.mark.parametrize('norm_type', [NormType.Spectral, NormType.Weight], ids=named)
+def test_baked(norm_type):
+    torch.manual_seed(1)
+    layer = normed_conv(24, 5, norm_type=norm_type).eval()
+    want = copy.deepcopy(layer)(x := torch.randn(2, 24, 7))
+    bake(layer[0])
+    assert torch.equal(layer(x), want) and list(layer.state_dict()) == ['0.weight'] and layer[0].weight.requires_grad
+    layer.load_state_dict(layer.state_dict())
+    assert torch.equal(copy.deepcopy(layer)(x), want) and isinstance(pickle.loads(pickle.dumps(layer)), ConvLayer)
+
+def test_layout_is_kept_and_nothing_is_copied():
+    conv = normed_conv(24, 5, norm_type=None)[0]
+    last = torch.randn(2, 35, 24).mT
+    y = conv(last)
+    assert y.stride(1) == 1
+    torch.testing.assert_close(y, F.conv1d(last.contiguous(), conv.weight))
+    assert conv(last.contiguous()).is_contiguous()
+    single = conv(last[0])     # not a batch: PyTorch's way
+    torch.testing.assert_close(single, y[0])
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore:.*torch.jit.*deprecated')
+@pytest.mark.parametrize('train', [False, True])
+def test_a_trace_does_not_see_the_settling(train):
+    torch.manual_seed(1)
+    layer, x = normed_conv(24, 5).train(train), torch.randn(2, 24, 7)
+    traced = torch.jit.trace(layer, x, check_trace=not train)
+    assert 'power_iteration' not in str(traced.inlined_graph)
+    if not train: torch.testing.assert_close(traced(x), layer(x))
+    assert sigma(layer[0]) == pytest.approx(1, abs=1e-3)
