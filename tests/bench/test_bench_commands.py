@@ -48,6 +48,11 @@ def test_plot_draws_one_family():
     with pytest.raises(ValueError, match='nothing to draw'): plot_bench(df)
 
 
+def test_maps_that_are_not_square_are_named_by_both_sides():
+    df = rows(shape=['1,64,9x8', '1,64,16x16'], n=[72, 256])
+    assert [t.get_text() for t in plot_bench(df, which='forward').get_xticklabels()] == ['9x8', '16²']
+
+
 # --- the command ---
 
 @pytest.fixture(scope='module')
