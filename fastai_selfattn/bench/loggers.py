@@ -8,19 +8,19 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/bench/loggers.html.m
 __all__ = ['logging_cost', 'bench_logging_main']
 
 # %% ../../nbs/api/bench/loggers.ipynb #38423fbc
-import re
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
-import torch
 from fastai.torch_core import set_seed
 
-from .layers import circumstances
-from ..shell import CommandParser, at_least, check_result
+from .commands import result_file, result_options, run_bench
+from .cost import seconds_of
+from .measure import circumstances
+from ..shell import CommandParser, at_least
 from ..seeing.gamma_logger import GammaLogger
 from ..seeing.map_logger import AttentionMapLogger
 from ..walls.rooms import make_rooms
@@ -42,6 +42,18 @@ def _timed(cls):
     Timed.__name__ = cls.__name__
     return Timed
 
+# %% ../../nbs/api/bench/loggers.ipynb #e4086c1a
+def _epochs(learn, logger, epochs):
+    "A row for each of `epochs` that `learn` trains with `logger`, after one that is not timed"
+    fit = partial(learn.fit, 1, 1e-3, cbs=logger)
+    with learn.no_bar(), learn.no_logging():
+        fit()
+        for epoch in range(1, epochs+1):
+            logger.seconds = 0.
+            seconds = seconds_of(fit)
+            share = logger.seconds/seconds
+            yield dict(logger=type(logger).__name__, epoch=epoch, seconds=seconds, in_logger=logger.seconds, share=share)
+
 def logging_cost(
     n_rooms:int=600, # made rooms; 70 % are trained on, 15 % validated
     size:int=96, # side of the pictures in pixels
@@ -52,57 +64,42 @@ def logging_cost(
     "Train the wall U-Net of `selfattn-walls` with each logger at its defaults, and time what is spent in the logger"
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
-        train,valid,_ = split_walls(wall_items(make_rooms(Path(path or tmp)/'rooms', n_rooms, size)))
+        rooms = make_rooms(Path(path or tmp)/'rooms', n_rooms, size)
+        train,valid,_ = split_walls(wall_items(rooms))
         for cls in (GammaLogger,AttentionMapLogger):
             set_seed(0)
             learn = wall_learner(wall_dls(train, valid, size, bs))
-            learn.remove_cb(GammaLogger)
-            logger = _timed(cls)()
-            with learn.no_bar(), learn.no_logging():
-                learn.fit(1, 1e-3, cbs=logger)
-                for epoch in range(1, epochs+1):
-                    logger.seconds,start = 0.,time.perf_counter()
-                    learn.fit(1, 1e-3, cbs=logger)
-                    seconds = time.perf_counter()-start
-                    rows.append(dict(logger=cls.__name__, epoch=epoch, seconds=seconds, in_logger=logger.seconds, share=logger.seconds/seconds))
+            learn.remove_cb(GammaLogger)     # its own, which would not be timed
+            rows += _epochs(learn, _timed(cls)(), epochs)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/api/bench/loggers.ipynb #ba8a95c7
 def _parser():
-    p = CommandParser(prog='selfattn-bench-logging', description="Measure the share of an epoch's time that GammaLogger and AttentionMapLogger take, at their defaults, in the training of selfattn-walls. "
-                "Writes a csv file with the circumstances in every row.")
+    p = CommandParser(prog='selfattn-bench-logging', description=(
+        "Measure the share of an epoch's time that GammaLogger and AttentionMapLogger take, at their defaults, "
+        "in the training of selfattn-walls. Writes a csv file with the circumstances in every row."))
     p.add_argument('--n-rooms', type=at_least(16), default=600, metavar='N', help="rooms to make (%(default)s)")
     p.add_argument('--size', type=at_least(32), default=96, metavar='PIXELS', help="side of the pictures (%(default)s)")
     p.add_argument('--bs', type=at_least(2), default=8, metavar='N', help="pictures in a batch (%(default)s)")
-    p.add_argument('--epochs', type=at_least(1), default=3, metavar='N', help="epochs to time for each logger, after one that is not timed (%(default)s)")
-    p.add_argument('--threads', type=at_least(1), default=torch.get_num_threads(), metavar='N', help="threads for PyTorch (%(default)s)")
-    p.add_argument('--out', type=Path, default=Path('benchmarks/results'), metavar='DIR', help="folder for the result, made if need be (%(default)s)")
-    p.add_argument('--overwrite', action='store_true', help="replace the result of an earlier run of the same configuration")
-    return p
+    p.add_argument('--epochs', type=at_least(1), default=3, metavar='N',
+                   help="epochs to time for each logger, after one that is not timed (%(default)s)")
+    return result_options(p)
 
-def _result_file(args):
-    cpu = re.sub('[^a-z0-9]+', '-', circumstances()['machine'].lower()).strip('-')
-    return args.out/f"logging-{args.n_rooms}rooms-{args.size}px-bs{args.bs}-torch{torch.__version__.split('+')[0]}-{cpu}-{args.threads}threads.csv"
+def _measure(args): yield logging_cost(args.n_rooms, args.size, args.bs, args.epochs).assign(**circumstances())
+
+def _plan(args): return result_file(args, f'logging-{args.n_rooms}rooms-{args.size}px-bs{args.bs}'),_measure(args)
+
+def _report(df, file):
+    "Print a line for each logger"
+    for name,d in df.groupby('logger', sort=False):
+        share = d['share']
+        print(f"{name}: {share.median():.2%} of an epoch of {d['seconds'].median():.1f} s "
+              f"(median of {len(d)}; {share.min():.2%} to {share.max():.2%})")
+    return 0
 
 # %% ../../nbs/api/bench/loggers.ipynb #d7538cfb
 def bench_logging_main(
     argv:Sequence[str]=None, # arguments, those of the shell if None
 )->int: # exit status: 0 done, 2 bad input, 130 stopped by Ctrl-C
     "The command `selfattn-bench-logging`"
-    args = _parser().parse_args(argv)
-    try:
-        file = check_result(_result_file(args), args.overwrite)
-    except ValueError as e:
-        print(f"selfattn-bench-logging: {e}", file=sys.stderr)
-        return 2
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try: df = logging_cost(args.n_rooms, args.size, args.bs, args.epochs).assign(**circumstances())
-    except KeyboardInterrupt:
-        print("\nselfattn-bench-logging: stopped, nothing written", file=sys.stderr)
-        return 130
-    finally: torch.set_num_threads(threads)
-    df.to_csv(file, index=False, float_format='%.5g')
-    for name,d in df.groupby('logger', sort=False): print(f"{name}: {d.share.median():.2%} of an epoch of {d.seconds.median():.1f} s (median of {len(d)}; {d.share.min():.2%} to {d.share.max():.2%})")
-    print(f"written: {file}")
-    return 0
+    return run_bench(_parser(), argv, _plan, _report)

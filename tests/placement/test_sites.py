@@ -25,7 +25,8 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torch.utils.data import DataLoader as TorchLoader
 
-from fastai_selfattn.bench.layers import Shape, attention_cost, peak_extra
+from fastai_selfattn.bench.cost import Shape, attention_cost
+from fastai_selfattn.bench.measure import peak_extra
 from fastai_selfattn.attention.layers import PooledSelfAttention2d, SelfAttention, SimpleSelfAttention
 from fastai_selfattn.placement.price import _counted
 from timm.layers import EcaModule
