@@ -18,7 +18,7 @@ from fastai.vision.models.unet import DynamicUnet
 from torch import Tensor, nn
 
 from ..attention.kinds import attention_off
-from ..quiet import as_before, bare_model, eagerly
+from ..quiet import bare_model, eagerly, unchanged
 from .record import cells_of, check_points, place_points
 
 # %% ../../nbs/api/seeing/field.ipynb #0b63879c
@@ -96,7 +96,7 @@ def receptive_field(
     if not 0 < share < 1: raise ValueError(f"`share` must lie between 0 and 1, got {share}")
     x,size = x.as_subclass(Tensor),tuple(x.shape[2:])
     point, = place_points('center' if point is None else check_points([point]), size, 0)
-    with torch.inference_mode(False), eagerly(), as_before(model), _skips_kept(model):
-        on,channels = _energy(model, x, point, channel, module)
-        with attention_off(model, layers): off,_ = _energy(model, x, point, channels, module)
+    with torch.inference_mode(False), eagerly(), _skips_kept(model):
+        with unchanged(model): on,channels = _energy(model, x, point, channel, module)
+        with unchanged(model), attention_off(model, layers): off,_ = _energy(model, x, point, channels, module)     # the same random numbers
     return ReceptiveField(on, off, _area(on, share), _area(off, share), share, point)
