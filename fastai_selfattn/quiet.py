@@ -97,22 +97,32 @@ _plain = bool,int,float,str,type(None)
 def _flags(module): return {k:v for k,v in vars(module).items() if isinstance(v, _plain) and k != 'training'}
 
 @contextmanager
-def undisturbed(
+def unchanged(
     model:nn.Module, # any model
 )->Iterator[nn.Module]: # `model` in eval mode
-    "`model` in eval mode, without gradients and in its own precision; afterwards as it was"
-    buffers = [(m, n, b, b.clone()) for m in model.modules() for n,b in m._buffers.items() if b is not None]
+    "`model` in eval mode; afterwards it and the random numbers as they were"
+    buffers = [(m, n, b, None if b is None else b.clone()) for m in model.modules() for n,b in m._buffers.items()]
     flags = [(m, _flags(m)) for m in model.modules()]
     cuda = sorted({b.device for b in (*model.parameters(), *model.buffers()) if b.device.type == 'cuda'}, key=str)
     try:
-        with (random_kept(cuda), torch.inference_mode(False), torch.no_grad(), torch.autocast('cpu', enabled=False),
-              torch.autocast('cuda', enabled=False), eval_mode(model)): yield model
+        with random_kept(cuda), as_before(model): yield model
     finally:
         with torch.no_grad():
             for m,n,b,old in buffers:
                 m._buffers[n] = b
-                if not b.is_meta and not torch.equal(b, old): b.copy_(old)     # only then: writing would spoil a backward pass under way
-        for m,before in flags: vars(m).update(before)
+                if old is None or b.is_meta or torch.equal(b, old): continue     # writing would spoil a backward pass under way
+                b.copy_(old)
+        for m,before in flags:
+            for name in _flags(m).keys()-before.keys(): del vars(m)[name]
+            vars(m).update(before)
+
+@contextmanager
+def undisturbed(
+    model:nn.Module, # any model
+)->Iterator[nn.Module]: # `model` in eval mode
+    "`model` in eval mode, without gradients and in its own precision; afterwards as it was"
+    with (unchanged(model), torch.inference_mode(False), torch.no_grad(),
+          torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False)): yield model
 
 # %% ../nbs/api/quiet.ipynb #80d74af5
 def one_batch(

@@ -61,6 +61,22 @@ def checkout(tmp_path):
     "A copy of the project to run tools in"
     return copy_project(tmp_path/'checkout')
 
+class Counts:
+    "A backend that counts the graphs it compiled and how often they ran"
+    def __init__(self): self.compiled = self.ran = 0
+    def __call__(self, graph, example):
+        self.compiled += 1
+        def run(*args):
+            self.ran += 1
+            return graph.forward(*args)
+        return run
+
+@pytest.fixture
+def counts():
+    torch._dynamo.reset()
+    yield Counts()
+    torch._dynamo.reset()
+
 class Largest:
     "Remembers the most float32 elements that any allocation had, inside custom operators and in backward passes too"
     numel = 0

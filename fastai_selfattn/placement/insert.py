@@ -128,7 +128,9 @@ def _check_places(model, sites, how):
     if how not in ('append','replace'): raise ValueError(f"`how` must be 'append' or 'replace', got {how!r}")
     numbers = {}
     for s in sites:
-        if s.has: raise ValueError(f"{s.name} ({s.path}) has {s.has} already: take it out first, with `remove_attention`, or choose another place")
+        if s.has:
+            raise ValueError(f"{s.name} ({s.path}) has {s.has} already: "
+                             "take it out first, with `remove_attention`, or choose another place")
         other = numbers.setdefault(s.number, s)
         if other is not s: raise ValueError(f"{other.path} and {s.path} give the very same map, so they are one place: choose one of them")
         if how == 'replace': _check_replace(model, s, sites)
@@ -138,16 +140,21 @@ def _check_replace(model, s, sites):
     why = _cannot_replace(s)
     if why: raise ValueError(f"attention cannot replace {s.name} ({s.path}), which {why}: use how='append', or choose another module")
     paths = [p for p,m in model.named_modules(remove_duplicate=False) if m is model.get_submodule(s.path)]
-    if len(paths) > 1: raise ValueError(f"attention cannot replace {s.name}, which is one module under the paths {', '.join(paths)}: use how='append'")
+    if len(paths) > 1:
+        raise ValueError(f"attention cannot replace {s.name}, which is one module under the paths {', '.join(paths)}: use how='append'")
     inside = next((o for o in sites if o.path.startswith(f'{s.path}.')), None)
     if inside: raise ValueError(f"attention cannot replace both {s.path} and {inside.path} inside it: choose one of them")
     hidden = [p for p in inserted_layers(model) if p.startswith(f'{s.path}.')]     # it would be out of sight, and come back with the module
-    if hidden: raise ValueError(f"attention cannot replace {s.name}, with inserted attention inside it ({', '.join(hidden)}): take that out first, with `remove_attention`")
+    if hidden:
+        raise ValueError(f"attention cannot replace {s.name}, with inserted attention inside it ({', '.join(hidden)}): "
+                         "take that out first, with `remove_attention`")
 
+# %% ../../nbs/api/placement/insert.ipynb #0e1a3202
 def _check_runs(model, size, done):
     "Raise unless the model runs, and calls each new layer as often as the module before it"
     try: every = find_sites(model, size).every
-    except ValueError as e: raise ValueError(f"with attention at {', '.join(s.name for s in done.values())} the model no longer runs: {e}") from e
+    except ValueError as e:
+        raise ValueError(f"with attention at {', '.join(s.name for s in done.values())} the model no longer runs: {e}") from e
     for path,s in done.items():
         calls = every[path].calls if path in every else 0
         if calls == s.calls: continue
@@ -177,7 +184,7 @@ def _put(model, site, how, new, undo):
 
 def insert_attention(
     model:nn.Module|Learner, # any CNN, changed in place, or a Learner, whose optimizer is taken care of
-    where:bool|str|Sequence|Callable[[Site],bool]|None=None, # names, paths or patterns of sites, True for fastai's place in a U-Net, or a function
+    where:bool|str|Sequence|Callable[[Site],bool]|None=None, # names, paths or patterns of sites, True for fastai's own place, or a function
     how:str='append', # 'append': behind the module; 'replace': in its place
     layer:Callable[...,nn.Module]=SelfAttention, # called with the channels of the map and `layer_args`, and with `site` if it asks for that
     max_side:int=None, # only maps with no side longer than this, in cells
@@ -245,7 +252,7 @@ def _meant(model, there, where, max_side, side):
 
 def remove_attention(
     model:nn.Module|Learner, # changed in place
-    where:bool|str|Sequence|Callable[[Site],bool]|None=None, # as in `insert_attention`, or paths that it returned; all that was inserted if None
+    where:bool|str|Sequence|Callable[[Site],bool]|None=None, # as `insert_attention` takes it, or paths that it gave; all inserted if None
     max_side:int=None, # only maps that had no side longer than this when attention was inserted
     side:int=None, # only maps whose longest side was this
 )->list[str]: # paths of the layers that were taken out

@@ -123,7 +123,7 @@ def watch(
     learn:Learner, # whose model has gained or lost attention
     undo:ExitStack, # gets what takes each step back
 ):
-    "Give `learn` the splitter and the callback that inserted layers need, or its own splitter where there are none; and set up its optimizer"
+    "Give `learn` the splitter and callback that inserted layers need, or its own splitter where there are none, and set up its optimizer"
     needed,is_there = bool(inserted_layers(learn.model)),isinstance(learn.splitter, AttentionSplitter)
     if needed != is_there:
         undo.callback(setattr, learn, 'splitter', learn.splitter)

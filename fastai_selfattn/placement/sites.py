@@ -267,11 +267,11 @@ def find_sites(
 # %% ../../nbs/api/placement/sites.ipynb #31420c53
 def attention_sites(
     model:nn.Module|Learner, # any CNN, or a Learner
-    size:int|Sequence[int]|Tensor|Sequence[Tensor]|DataLoaders=None, # side, (h, w), (c, h, w) or (bs, c, h, w); a batch; data. None: the Learner's
+    size:int|Sequence[int]|Tensor|Sequence[Tensor]|DataLoaders=None, # side, (h, w), (c, h, w) or a batch's; a batch; data; None: its own
     layer:Callable[...,nn.Module]=SelfAttention, # whose price the table shows; called with the channels of the map and `layer_args`
     **layer_args # for `layer`, such as `reduction=4`
 )->Sites: # a table of places; memory in MiB for one image in training, in float32
-    "Where attention can go, and what it would cost there, from one quiet forward pass; `ValueError` if there is none, or if the layer fits nowhere"
+    "Where attention can go and at what price, from one quiet forward pass; `ValueError` if there is no place or the layer fits nowhere"
     check_layer(layer)
     sites = find_sites(model, size, layer, layer_args)
     unfit = [s.cost.unfit for s in sites if not s.reason]
@@ -293,7 +293,8 @@ def match(self:Sites,
     limits = {k:v for k,v in (('max_side',max_side), ('side',side)) if v is not None}
     check_whole(0, 'cells', **limits)
     if where is None and not limits:
-        raise ValueError("give `where`, `max_side` or `side`: a name, a pattern, a module path, a list of these, True, or a function of a site")
+        raise ValueError("give `where`, `max_side` or `side`: a name, a pattern, a module path, a list of these, True, "
+                         "or a function of a site")
     found = {s.path:s for s in (self._sites if where is None else self._match(where))}.values()
     if max_side is not None: found = [s for s in found if max(s.map, default=0) <= max_side]
     if side is not None: found = [s for s in found if max(s.map, default=0) == side]
@@ -308,8 +309,8 @@ def _match(self:Sites, where):
     if where is True:
         found = [s for s in self._sites if s.is_fastais]
         if not found:
-            raise _no_match("True means the third-to-last block of a `DynamicUnet`, where fastai puts its own attention, and this model has "
-                            "no such block (fastai itself would place no attention, and say nothing)", self)
+            raise _no_match("True means the third-to-last block of a `DynamicUnet`, where fastai puts its own attention, and this model "
+                            "has no such block (fastai itself would place no attention, and say nothing)", self)
     elif isinstance(where, str):
         found = [s for s in self._sites if path_matches(s.name, where)] or [s for p,s in self.every.items() if path_matches(p, where)]
         if not found: raise _no_match(f"no site matches {where!r}", self, where)

@@ -43,7 +43,7 @@ class Call(NamedTuple):
 
 # %% ../../nbs/api/placement/trace.ipynb #b34a4b0f
 def trace(model, args):
-    "Run `model` once: the calls of each module by path, as they ended; and the class of the attention layer next to a map, by the map's number"
+    "Run `model` once: the calls of each module by path, as they ended, and the class of the attention layer next to a map, by its number"
     number,calls,entered,attention,handles = _numbers(),{},{},{},[]
     def before(path):
         def hook(module, args, kwargs):
@@ -112,7 +112,8 @@ def example(model, size):
         return _first_image(size[:max(1, len(size)-1)], conv, like),'one image of the batch'     # the last of several is the target
     if size is None:
         if not conv:
-            raise ValueError(f"no conv in this {type(model).__name__} to read channels from: give `size` as (bs, channels, ...), or a batch")
+            raise ValueError(f"no conv in this {type(model).__name__} to read channels from: "
+                             "give `size` as (bs, channels, ...), or a batch")
         shape = _shape(_side[len(conv.kernel_size)], conv)
         where = f'assumed: the channels of the first conv, side {shape[-1]}; give `size` for another'
     elif isinstance(size, (Integral,tuple,list)): shape,where = _shape(size, conv),'as given'

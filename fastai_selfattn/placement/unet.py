@@ -30,7 +30,7 @@ from .upgrade import take_over
 # %% ../../nbs/api/placement/unet.ipynb #f1600df9
 def _swap(model):
     "Put our layer in the place of fastai's in the blocks of `model`; how many there were"
-    found = {name:path for name,path in unet_blocks(model).items() if isinstance(model.get_submodule(path)[-1], fastai.layers.SelfAttention)}
+    found = {n:p for n,p in unet_blocks(model).items() if isinstance(model.get_submodule(p)[-1], fastai.layers.SelfAttention)}
     for name,path in found.items():
         conv = model.get_submodule(path)
         conv[-1] = ours = take_over(conv[-1], settled=False)
@@ -65,7 +65,8 @@ class _Plan(NamedTuple):
         is_default = (self.how,self.layer,self.layer_args) == ('append',SelfAttention,{})
         if self.where is False and self.max_side is self.side is None:
             if is_default: return 'none'
-            raise ValueError("`how`, `layer` and options say how to insert attention, and `self_attention=False` inserts none: give a place")
+            raise ValueError("`how`, `layer` and options say how to insert attention, and `self_attention=False` inserts none: "
+                             "give a place")
         return 'fastai' if self.where is True and is_default and self.max_side is self.side is None else 'where'
 
     def insert(self, model, size=None):
@@ -80,7 +81,9 @@ def _plan(fastais, kwargs, self_attention, how, layer, max_side, side):
     taken = inspect.signature(layer).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in taken.values())
     unknown = [k for k in rest if k not in taken and not takes_any]
-    if unknown: raise TypeError(f"neither fastai's `{fastais.__name__}` nor {layer_name(layer)} takes {', '.join(f'`{k}`' for k in unknown)}")
+    if unknown:
+        names = ', '.join(f'`{k}`' for k in unknown)
+        raise TypeError(f"neither fastai's `{fastais.__name__}` nor {layer_name(layer)} takes {names}")
     return _Plan(self_attention, how, layer, max_side, side, rest),theirs
 
 # %% ../../nbs/api/placement/unet.ipynb #0e687870

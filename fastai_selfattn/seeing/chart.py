@@ -43,7 +43,7 @@ _gamma_labels = dict(gamma='gamma', grad='gradient of gamma', change='share of t
 def plot_gamma(
     history:pd.DataFrame, # a column `step`, and one for each attention layer, as `GammaLogger.history`
     ax:Axes=None, # where to draw, a new one if None
-    what:str='gamma', # columns to draw, `what` or beginning with `what` and an underscore: 'gamma', its gradient 'grad', or 'change', the share of the features that attention changes
+    what:str='gamma', # columns `what` or `what_...`: 'gamma', 'grad', its gradient, or 'change', the share of the features that it changes
 )->Axes:
     "Draw gamma over the training steps, one line a layer, steps without a value left out; `ValueError` if there is nothing to draw"
     if what not in _gamma_labels: raise ValueError(f"`what` must be one of {', '.join(_gamma_labels)}, got {what!r}")
@@ -71,7 +71,7 @@ def _plot_stat(ax, means, names, column, label):
     ax.spines[['top','right']].set_visible(False)
 
 def plot_attention_stats(
-    stats:pd.DataFrame, # columns `epoch`, `layer`, `entropy_share` (0 to 1, of log n) and `distance` (pixels of the image); rows of the same epoch and layer are averaged
+    stats:pd.DataFrame, # `epoch`, `layer`, `entropy_share` (0 to 1, of log n), `distance` (image pixels); mean of an epoch and layer
     ax:Sequence[Axes]=None, # two axes, a new figure if None
 )->np.ndarray: # two axes: entropy and distance
     "Draw how spread attention is and how far it reaches over the epochs, one line a layer; `ValueError` if there is nothing to draw"

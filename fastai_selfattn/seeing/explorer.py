@@ -52,7 +52,8 @@ def _layer(rec, name, label):
     "What the page knows of a layer, and the largest difference that rounding made in a weight, in units of an average one too"
     q,k = rec.queries[name],rec.keys[name]
     if q.dim() != 5:
-        raise ValueError(f"layer {name} of {label!r} sees a {q.dim()-3}d map: an explorer shows 2d maps, so leave the layer out with `layers`")
+        raise ValueError(f"layer {name} of {label!r} sees a {q.dim()-3}d map: an explorer shows 2d maps, "
+                         "so leave the layer out with `layers`")
     (heads,*size,d),keys = q.shape[1:],k.shape[2:4]
     views,off = [],0.
     for i,(qi,ki) in enumerate(zip(q.flatten(2, 3), k.flatten(2, 3))):
@@ -62,8 +63,9 @@ def _layer(rec, name, label):
         (q16,q_scale),(k16,k_scale) = _rounded(qi),_rounded(ki)
         off = max(off, _off(qi, ki, q16, k16, q_scale*k_scale))
         views.append(dict(scale=q_scale*k_scale, queries=_base64(q16), keys=_base64(k16)))
-    return dict(name=name, heads=heads, d=d, map=list(size), keys=list(keys), pool=rec.pools[name], gamma=_number(rec.gammas.get(name, math.nan)),
-                changes=[_number(c) for c in rec.changes[name].tolist()], pictures=views),off,off*math.prod(keys)
+    layer = dict(name=name, heads=heads, d=d, map=list(size), keys=list(keys), pool=rec.pools[name],
+                 gamma=_number(rec.gammas.get(name, math.nan)), changes=[_number(c) for c in rec.changes[name].tolist()], pictures=views)
+    return layer,off,off*math.prod(keys)
 
 def _model(model, label, x, layers):
     "What the page knows of a model, and the differences of its layers"
@@ -71,7 +73,8 @@ def _model(model, label, x, layers):
     try: recorder = AttentionRecorder(model, points=None, layers=layers, stats=False, vectors=True)
     except ValueError as e: raise ValueError(f"{label!r}: {e}") from None
     with torch.no_grad(), eval_mode(model), recorder as rec: model(x)
-    if not rec.queries: raise ValueError(f"no attention layer of {label!r} ran with a softmax of query and key vectors, so there is no map to show")
+    if not rec.queries:
+        raise ValueError(f"no attention layer of {label!r} ran with a softmax of query and key vectors, so there is no map to show")
     found,*offs = zip(*(_layer(rec, name, label) for name in rec.queries))
     return dict(label=label, layers=found),*map(max, offs),[n for n in rec.changes if n not in rec.queries]
 
@@ -89,7 +92,8 @@ def _data_uri(image, side=512):
 # %% ../../nbs/api/seeing/explorer.ipynb #e401cb86
 def _page(title, data):
     "The page with `data` in it"
-    parts = dict(title=html.escape(title).encode('ascii', 'xmlcharrefreplace').decode(), data=json.dumps(data, allow_nan=False, separators=(',',':')))
+    parts = dict(title=html.escape(title).encode('ascii', 'xmlcharrefreplace').decode(),
+                 data=json.dumps(data, allow_nan=False, separators=(',',':')))
     for c in '<>&': parts['data'] = parts['data'].replace(c, f'\\u{ord(c):04x}')
     template = (files('fastai_selfattn.seeing')/'explorer.html').read_text(encoding='utf-8')
     return re.sub(r'\{\{(title|data)\}\}', lambda m: parts[m[1]], template)
@@ -109,7 +113,8 @@ def _target(fname, overwrite):
     "`fname` as a Path that can be written to, or an error"
     if not isinstance(fname, (str,os.PathLike)): raise TypeError(f"`fname` must be the name of a file, got {type(fname).__name__}")
     path = Path(fname)
-    if path.suffix.lower() not in ('.html','.htm'): raise ValueError(f"`fname` must end in .html, so that a browser opens it; got {str(path)!r}")
+    if path.suffix.lower() not in ('.html','.htm'):
+        raise ValueError(f"`fname` must end in .html, so that a browser opens it; got {str(path)!r}")
     if not path.parent.is_dir(): raise ValueError(f"no folder {path.parent} to write {path.name} into: make it first")
     if path.is_dir(): raise ValueError(f"{path} is a folder: choose another name")
     if path.exists() and not overwrite and not _is_ours(path):
@@ -132,7 +137,10 @@ class Explorer:
     ): self.path,self.off = Path(path),off
 
     def __fspath__(self): return str(self.path)
-    def __repr__(self): return f'Explorer: {self.path.name}' + (f', {self.path.stat().st_size/1e6:.2f} MB' if self.path.exists() else ', no longer there')
+
+    def __repr__(self):
+        size = f'{self.path.stat().st_size/1e6:.2f} MB' if self.path.exists() else 'no longer there'
+        return f'Explorer: {self.path.name}, {size}'
 
     def _repr_html_(self):
         if not self.path.exists(): return None
@@ -144,7 +152,8 @@ class Explorer:
 def _named_models(learn, label, others):
     "Label -> model of all that the page shows, or an error"
     if not isinstance(learn, Learner):
-        raise TypeError(f"`learn` must be a Learner, got {type(learn).__name__}: its pipeline prepares the pictures; further models go into `others`")
+        raise TypeError(f"`learn` must be a Learner, got {type(learn).__name__}: its pipeline prepares the pictures; "
+                        "further models go into `others`")
     if others is not None and not isinstance(others, dict):
         raise TypeError(f"`others` must be a dict, label -> model or Learner, got {type(others).__name__}")
     res = {label:learn.model}
@@ -157,9 +166,10 @@ def _named_models(learn, label, others):
     return res
 
 # %% ../../nbs/api/seeing/explorer.ipynb #c6490e1e
-_exact = ("How exact is this? The file holds each cell’s query and key vector, rounded to 16-bit whole numbers, and this page computes weights and "
-          "statistics from them in double precision. Compared with unrounded vectors, on up to 64 query pixels of each map, the largest difference in "
-          "a weight was {off:.1g}, which is {share:.1g} on the colour scale. The models saw {h}×{w} pixels; the pictures here are compressed, for drawing only.")
+_exact = ("How exact is this? The file holds each cell’s query and key vector, rounded to 16-bit whole numbers, and this page computes "
+          "weights and statistics from them in double precision. Compared with unrounded vectors, on up to 64 query pixels of each map, "
+          "the largest difference in a weight was {off:.1g}, which is {share:.1g} on the colour scale. The models saw {h}×{w} pixels; "
+          "the pictures here are compressed, for drawing only.")
 
 def attention_explorer(
     learn:Learner, # its model is shown, its pipeline prepares the pictures
@@ -172,7 +182,7 @@ def attention_explorer(
     title:str='What attention sees', # of the page
     overwrite:bool=False, # replace `fname` also if it is no page that an explorer wrote
 )->Explorer: # a path, and live in a notebook
-    "Write one HTML file, for any browser and without network, that shows what the query pixel under a click attends to; `ValueError`/`TypeError` before anything is written"
+    "Write one HTML file for any browser that shows what the query pixel under a click attends to; errors come before anything is written"
     models,path = _named_models(learn, label, others),_target(fname, overwrite)
     if not isinstance(title, str): raise TypeError(f"`title` must be a str, got {type(title).__name__}")
     x,images,_,names = pictures(learn, items, max_n)
@@ -181,7 +191,8 @@ def attention_explorer(
     views = [dict(name=name, h=h, w=w, src=_data_uri(im)) for name,im in zip(names, images)]
     exact = _exact.format(off=max(off), share=max(shares), h=h, w=w)
     left_out = sorted({name for names in without for name in names})
-    if left_out: exact += f" Not shown, since there are no query and key vectors from which their maps could be made: {', '.join(left_out)}."
+    if left_out:
+        exact += f" Not shown, since there are no query and key vectors from which their maps could be made: {', '.join(left_out)}."
     data = dict(title=title, exact=exact, models=shown, pictures=views)
     _write(path, _page(title, data))
     return Explorer(path, max(off))

@@ -18,7 +18,7 @@ from fastai.vision.models.unet import DynamicUnet
 from torch import Tensor, nn
 
 from ..attention.kinds import attention_off
-from ..quiet import as_before, bare_model, eagerly
+from ..quiet import bare_model, eagerly, unchanged
 from .record import cells_of, check_points, place_points
 
 # %% ../../nbs/api/seeing/field.ipynb #0b63879c
@@ -57,7 +57,8 @@ def _output(model, x, module):
     if module: y = seen[-1] if seen else None
     if isinstance(y, Tensor) and y.dim() == x.dim(): return y
     got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-    raise ValueError(f"the output must be a map (bs, channels, ...) so that a pixel of it can be chosen, got {got}: name a `module` inside that gives one")
+    raise ValueError(f"the output must be a map (bs, channels, ...) so that a pixel of it can be chosen, got {got}: "
+                     "name a `module` inside that gives one")
 
 def _channels(at, channel):
     "The channel to look at in each image, from the values `at` a pixel, (bs, channels)"
@@ -89,13 +90,13 @@ def receptive_field(
     layers:str|Sequence[str]=None, # attention layers to switch off; all if None
     share:float=.9, # of the energy that the areas hold
 )->ReceptiveField:
-    "The effective receptive field of an output pixel with attention and without, in eval mode; changes nothing; `ValueError`/`TypeError` on unfit inputs (arXiv 1701.04128)"
+    "The effective receptive field of an output pixel (arXiv 1701.04128), in eval mode; changes nothing; `ValueError`, `TypeError` if unfit"
     if not isinstance(x, Tensor) or x.dim() < 3:
         raise TypeError(f"`x` must be a batch of images (bs, c, h, w), got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}")
     if not 0 < share < 1: raise ValueError(f"`share` must lie between 0 and 1, got {share}")
     x,size = x.as_subclass(Tensor),tuple(x.shape[2:])
     point, = place_points('center' if point is None else check_points([point]), size, 0)
-    with torch.inference_mode(False), eagerly(), as_before(model), _skips_kept(model):
-        on,channels = _energy(model, x, point, channel, module)
-        with attention_off(model, layers): off,_ = _energy(model, x, point, channels, module)
+    with torch.inference_mode(False), eagerly(), _skips_kept(model):
+        with unchanged(model): on,channels = _energy(model, x, point, channel, module)
+        with unchanged(model), attention_off(model, layers): off,_ = _energy(model, x, point, channels, module)     # the same random numbers
     return ReceptiveField(on, off, _area(on, share), _area(off, share), share, point)

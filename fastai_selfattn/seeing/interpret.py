@@ -78,7 +78,7 @@ class AttentionInterpretation:
 # %% ../../nbs/api/seeing/interpret.ipynb #2fc19a09
 @patch
 def top(self:AttentionInterpretation,
-    by:str='loss', # 'farthest': largest mean distance; 'sharpest': lowest entropy; 'loss': where the loss without attention is highest above the loss with it
+    by:str='loss', # 'farthest': largest mean distance; 'sharpest': lowest entropy; 'loss': largest loss without attention less loss with
     k:int=None, # how many; all if None
     layer:str=None, # of one layer; the first one if None
     largest:bool=True, # False for the other end

@@ -111,7 +111,8 @@ def _record(self:AttentionMapLogger):
 def before_fit(self:AttentionMapLogger):
     self._warned.clear()
     self._trained = self._missed = False
-    self._logging = not hasattr(self.learn, 'lr_finder') and not self.learn.lock.locked() and not rank_distrib()     # `validate` and `get_preds` hold the lock
+    looking = hasattr(self.learn, 'lr_finder') or self.learn.lock.locked()     # `validate` and `get_preds` hold the lock
+    self._logging = not looking and not rank_distrib()
     if not self._logging: return
     if not attention_layers(self.learn.model):
         self._logging = False
@@ -225,7 +226,8 @@ def _overlays(self:AttentionMapLogger):
         for i in range(len(self.pictures.images)):
             fig = Figure(figsize=(2.2*w/h*(len(seen.points)+1)+1, 2.8), dpi=100, layout='constrained')
             axs = fig.subplots(1, len(seen.points)+1, squeeze=False)
-            show_attention(self.pictures.images, seen.maps, seen.points, name, i, titles=self.pictures.names, gammas=seen.gammas, pools=seen.pools, ax=axs)
+            show_attention(self.pictures.images, seen.maps, seen.points, name, i, titles=self.pictures.names,
+                           gammas=seen.gammas, pools=seen.pools, ax=axs)
             yield name,i,_rendered(fig)
 
 def _file(epoch, name, i, ending='png'):
@@ -255,7 +257,8 @@ def _write(self:AttentionMapLogger, name, i, pixels):
     file = _file(seen.epoch, name, i)
     Image.fromarray(pixels).save(self.path/file)
     points = ' '.join(f'({", ".join(map(str, p))})' for p in seen.points)
-    self._files.append(dict(file=file, epoch=seen.epoch, layer=name, gamma=seen.gamma(name), picture=i, name=self.pictures.names[i], points=points))
+    self._files.append(dict(file=file, epoch=seen.epoch, layer=name, gamma=seen.gamma(name), picture=i,
+                            name=self.pictures.names[i], points=points))
     pd.DataFrame(self._files).to_csv(self.path/'index.csv', index=False)
 
 @patch

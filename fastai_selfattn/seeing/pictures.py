@@ -42,7 +42,9 @@ def _as_seen(t):
 def _name(item, i): return Path(item).name if isinstance(item, (str,Path)) else f'picture {i}'
 
 def _none(items, max_n):
-    why = "`items` is empty" if items is not None else "`max_n` is 0" if not max_n else "the validation set is, as in a Learner that was exported"
+    if items is not None: why = "`items` is empty"
+    elif not max_n: why = "`max_n` is 0"
+    else: why = "the validation set is, as in a Learner that was exported"
     return ValueError(f"no pictures to show: {why}: give `items`")
 
 def _batch(dls, items, max_n):
@@ -61,13 +63,14 @@ def _batch(dls, items, max_n):
 
 def pictures(
     learn:Learner, # its `dls` make the pictures
-    items:Sequence=None, # as the Learner's pipeline takes them, such as file names; or (bs, c, h, w), as the model takes them; the first of the validation set if None
+    items:Sequence=None, # such as file names, for its pipeline, or (bs, c, h, w), for its model; the first of the validation set if None
     max_n:int=3, # how many of the validation set, if no `items` are given
 )->Pictures:
     "Pictures to look at attention with; `ValueError` if there are none or if they are not 2d"
     dls = learn.dls
     if isinstance(items, (str,Path,Image.Image)): items = [items]
-    if len(dls.loaders) < 2: raise ValueError("these DataLoaders have no validation set, and its pipeline prepares the pictures: give the Learner one")
+    if len(dls.loaders) < 2:
+        raise ValueError("these DataLoaders have no validation set, and its pipeline prepares the pictures: give the Learner one")
     with random_kept(): shown,dl,batch = _batch(dls, items, max_n)
     x = batch[0]
     if not isinstance(x, Tensor) or x.dim() != 4:

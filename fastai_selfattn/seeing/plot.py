@@ -47,7 +47,7 @@ def plot_attention(
     alpha:float=.75, # opacity of the map where it is strongest; where it is 0 the image shows through
     norm:Normalize=None, # another colour scale for weights times the number of cells, such as `LogNorm`; linear from 0 to `vmax` if None
 )->Axes: # the map is the last of its images, `ax.images[-1]`, for a colour bar
-    "Draw what a query pixel attends to over its image, 1 meaning the average, blue what is not a number; `ValueError` if shapes do not fit or `point` is not on the image"
+    "Draw what a query pixel attends to over its image, 1 is the average, blue no number; `ValueError` if shapes or `point` do not fit"
     image,amap = image.detach().cpu().float(),amap.detach().cpu().float()
     _check_map(image, amap)
     if image.dim() == 3: image = image.mean(0)
@@ -98,7 +98,7 @@ def _colorbar(axs, label='attention,\n1 = average', **kwargs):
 
 # %% ../../nbs/api/seeing/plot.ipynb #4dfae38d
 def _choose_layers(maps, layers):
-    "The maps of the layers that `layers` names, in the language of `choose_layers`: a path, or that of the module behind which the layer stands"
+    "The maps of the layers that `layers` names, in the language of `choose_layers`: a path, or that of the module before the layer"
     patterns = ['**'] if layers is None else [layers] if isinstance(layers, str) else list(layers)
     def fits(name, pattern): return path_matches(name, pattern) or path_matches(name.rpartition('.')[0] or name, pattern)
     missing = [str(p) for p in patterns if not any(fits(n, p) for n in maps)]
@@ -198,8 +198,8 @@ def show_attention(
     scale:str|float='layer', # a colour scale for each 'layer', one for 'all', or the top of one for all, in averages
     ax:Axes|np.ndarray=None, # axes in the shape that is returned, or an `Axes` if one map is chosen; a new figure if None
     imsize:float=2., # height of a picture in inches, less where the page is too narrow
-)->np.ndarray: # axes, a row for each picture and layer, a column for the picture, whose first text is the heading, and each query pixel; or the `Axes` given
-    "Draw what query pixels attend to, in several pictures and layers, on labelled colour scales; `ValueError` naming what there is if a choice fits nothing"
+)->np.ndarray: # a row of axes for each picture and layer: the picture, its first text the heading, and each query pixel; or `ax` if one
+    "Draw what query pixels attend to, in several pictures and layers, on colour scales; `ValueError` naming what there is if nothing fits"
     maps,points = _choose_layers(maps, layers),[tuple(map(int, p)) for p in points]
     _check_maps(images, maps, points)
     pictures,queries = _choose('pictures', len(images), pictures),_choose('queries', len(points), queries)
@@ -239,7 +239,8 @@ def show_attention_growth(
     t,maps = len(maps),[m.detach().cpu().float() for m in maps]
     labels = list(map(str, range(t))) if labels is None else list(labels)
     if not t or max_n < 1 or len(labels) != t:
-        raise ValueError(f"`maps` and `max_n` must be at least 1 and `labels` one a map, got {t} maps, max_n={max_n} and {len(labels)} labels")
+        raise ValueError("`maps` and `max_n` must be at least 1 and `labels` one a map, "
+                         f"got {t} maps, max_n={max_n} and {len(labels)} labels")
     for m in maps: _check_map(image, m)
     _check_point(point, *image.shape[-2:])
     idxs = _spread(t, max_n)
@@ -253,7 +254,7 @@ def show_attention_growth(
 
 # %% ../../nbs/api/seeing/plot.ipynb #ca733b57
 def _smooth(held):
-    "The share of pixels that are held in a window around each, the smallest window whose outline is no longer than the border of the picture"
+    "The share of pixels held in a window around each, the smallest whose outline is no longer than the border of the picture"
     best = held
     for reach in (0, *(2**i for i in range(int(math.log2(max(held.shape)))))):
         density = held[None]
@@ -280,7 +281,7 @@ def _percent(x): return f'{100*x:.2g} %' if x < .0995 else f'{100*x:.0f} %'
 # %% ../../nbs/api/seeing/plot.ipynb #4ad6eff6
 def show_receptive_field(
     image:Tensor, # (h, w), (1, h, w) or (3, h, w), values 0 to 1
-    field, # has `off` and `on`, (h, w) gradient energies that sum to 1, `area_off` and `area_on`, the share of the pixels that holds `share` of them, and `point`, (row, col)
+    field, # a `ReceptiveField`: energies `off` and `on` (h, w), `area_off` and `area_on` that hold `share` of them, and `point` (row, col)
     ax:Sequence[Axes]=None, # two axes, a new figure if None
     imsize:float=3., # height of a picture in inches, less where the page is too narrow
 )->np.ndarray: # two axes: without attention and with it

@@ -97,19 +97,19 @@ class AttentionRecorder:
     "Context manager that collects what attention does in every layer during a forward pass of `model`, and leaves nothing behind"
     def __init__(self,
         model:nn.Module, # any model with attention layers of any kind; the one that is called, so the `DataParallel` where there is one
-        points:Sequence[tuple[int,int]]|str|int|None='center', # query pixels as (row, col) in pixels of the image, 'center', 'grid' (3x3), how many to draw at random, or None
+        points:Sequence[tuple[int,int]]|str|int|None='center', # (row, col) in image pixels, 'center', 'grid' (3x3), how many at random
         layers:str|Sequence[str]=None, # names or patterns of layers; all if None
         stats:bool=True, # collect statistics of all query pixels, which takes two to three times as long as attention itself
         seed:int=0, # of the points that are drawn at random
         vectors:bool=False, # collect query and key vectors, from which any map can be made later
-        image_size:tuple[int,int]=None, # in which points and distances are measured; the size of the first tensor that `model` is called with if None
+        image_size:tuple[int,int]=None, # (h, w) that points and distances are measured in; of the first tensor given to `model` if None
     ):
         self.model,self.points,self.layers = model,check_points(points),choose_layers(model, layers)
         self._points,self._stats,self._vectors,self._seed,self._image_size = self.points,stats,vectors,seed,image_size
         self._stack = None
         self._check_size()
         self._check_maps(named=layers is not None)
-        self.maps:dict[str,Tensor] = {}           # (bs, points, *map size), each map sums to 1; mean of the heads; on the pooled map where keys are pooled
+        self.maps:dict[str,Tensor] = {}           # (bs, points, *map size, pooled as keys are), each sums to 1; mean of the heads
         self.gammas:dict[str,float] = {}          # of the layers that have a gamma; of one with many numbers their root mean square
         self.changes:dict[str,Tensor] = {}        # (bs,) norm of gamma*o divided by the norm of x
         self.stats:dict[str,AttentionStats] = {}  # each (bs, *map size), mean of the heads, distances in pixels of the image
@@ -132,12 +132,13 @@ def _check_maps(self:AttentionRecorder, named):
     if self._points is None and not self._stats and not self._vectors: return
     without = [n for n,m in self.layers.items() if not has_map(m)]
     if without and (named or len(without) == len(self.layers)):
-        raise ValueError(f"{', '.join(without)}: no map is known, since weights are dot products without a softmax, or the class is not registered "
-                         "with `vectors` or `weights` (see `register_attention`): choose other `layers`, "
+        raise ValueError(f"{', '.join(without)}: no map is known, since weights are dot products without a softmax, "
+                         "or the class is not registered with `vectors` or `weights` (see `register_attention`): choose other `layers`, "
                          "or ask with `points=None, stats=False` for gamma and the change of the features alone")
     rows_only = [n for n,m in self.layers.items() if has_map(m) and not has_vectors(m)]
     if self._vectors and rows_only and (named or len(without)+len(rows_only) == len(self.layers)):
-        raise ValueError(f"{', '.join(rows_only)}: registered with `weights`, so there are no query and key vectors: choose other `layers`, or `vectors=False`")
+        raise ValueError(f"{', '.join(rows_only)}: registered with `weights`, so there are no query and key vectors: "
+                         "choose other `layers`, or `vectors=False`")
 
 # %% ../../nbs/api/seeing/record.ipynb #10af55e5
 @patch
@@ -222,8 +223,8 @@ def _image_size_of(self:AttentionRecorder, model, x):
         raise TypeError(f"no tensor among the arguments of this {type(model).__name__}: points are placed on the first one, "
                         "the image (bs, channels, ...); or give `image_size`")
     if x.dim() < 3:
-        raise ValueError(f"this {type(model).__name__} is called with {tuple(x.shape)}, which is no image (bs, channels, ...) for points to be placed on: "
-                         "give `image_size`, or `points=None, stats=False`")
+        raise ValueError(f"this {type(model).__name__} is called with {tuple(x.shape)}, which is no image (bs, channels, ...) "
+                         "for points to be placed on: give `image_size`, or `points=None, stats=False`")
     return tuple(x.shape[2:])
 
 @patch

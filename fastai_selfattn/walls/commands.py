@@ -41,7 +41,8 @@ _N_ROOMS = 600
 def _archs():
     "The encoders of torchvision and fastai, and `small`, by name"
     homes = 'torchvision.models.',models.xresnet.__name__
-    found = {n:f for m in (models, models.xresnet) for n,f in vars(m).items() if isinstance(f, FunctionType) and f.__module__.startswith(homes)}
+    functions = {n:f for m in (models, models.xresnet) for n,f in vars(m).items() if isinstance(f, FunctionType)}
+    found = {n:f for n,f in functions.items() if f.__module__.startswith(homes)}
     return {'small':small_encoder} | {n:found[n] for n in sorted(found) if n.islower() and not n.startswith(('_','get_','list_'))}
 
 def _find_arch(name):
@@ -52,19 +53,23 @@ def _find_arch(name):
 
 # %% ../../nbs/api/walls/commands.ipynb #14cb5809
 def _walls_parser():
-    p = CommandParser(prog='selfattn-walls', description="Train a U-Net with self-attention to find the walls in pictures of rooms, and write a folder with "
-                "the model, figures and pictures.")
-    p.add_argument('--data', type=Path, metavar='DIR', help="folder with images/ and masks/, matched by file stem; rooms are made if not given")
-    p.add_argument('--wall-code', type=at_least(0), metavar='N', help="mask value that means wall (any value but 0 if not given), with --data")
+    p = CommandParser(prog='selfattn-walls', description="Train a U-Net with self-attention to find the walls in pictures of rooms, "
+                "and write a folder with the model, figures and pictures.")
+    p.add_argument('--data', type=Path, metavar='DIR',
+                   help="folder with images/ and masks/, matched by file stem; rooms are made if not given")
+    p.add_argument('--wall-code', type=at_least(0), metavar='N',
+                   help="mask value that means wall (any value but 0 if not given), with --data")
     p.add_argument('--n-rooms', type=at_least(4), metavar='N', help=f"rooms to make, without --data ({_N_ROOMS})")
     p.add_argument('--size', type=at_least(32), default=96, metavar='PIXELS', help="side that pictures are squeezed to (%(default)s)")
     p.add_argument('--epochs', type=at_least(1), default=12, metavar='N', help="times to go through the training pictures (%(default)s)")
     p.add_argument('--bs', type=at_least(2), default=8, metavar='N', help="pictures in a batch (%(default)s)")
     p.add_argument('--lr', type=at_least(1e-8, float), default=2e-3, help="highest learning rate of the one-cycle schedule (%(default)s)")
-    p.add_argument('--arch', default='small', metavar='NAME', help="encoder: small, or any of torchvision or fastai that unet_learner takes, such as resnet34 (%(default)s)")
+    p.add_argument('--arch', default='small', metavar='NAME',
+                   help="encoder: small, or any of torchvision or fastai that unet_learner takes, such as resnet34 (%(default)s)")
     p.add_argument('--pretrained', action='store_true', help="start from the encoder's pretrained weights (downloads them)")
     p.add_argument('--no-attention', action='store_true', help="train without self-attention, to compare")
-    p.add_argument('--seed', type=at_least(0), default=0, metavar='N', help="the same seed gives the same rooms, split and start weights (%(default)s)")
+    p.add_argument('--seed', type=at_least(0), default=0, metavar='N',
+                   help="the same seed gives the same rooms, split and start weights (%(default)s)")
     p.add_argument('--out', type=Path, metavar='DIR', help="new folder for the results; walls-run-1, -2, ... if not given")
     return p
 
@@ -89,6 +94,8 @@ def _new_folder(out):
         except OSError as e: raise ValueError(f"cannot make --out {path}: {e.strerror}") from e
         else: return path
 
+def _first_line(e): return str(e).splitlines()[0] if str(e) else type(e).__name__
+
 def _prepare(args, arch, items, out):
     "Learner and test items of a run, all that can still fail before training"
     if items is None: items = wall_items(make_rooms(out/'rooms', args.n_rooms, args.size, args.seed))
@@ -96,7 +103,7 @@ def _prepare(args, arch, items, out):
     set_seed(args.seed)     # before the `DataLoaders`, which draw the order of their batches from it
     dls = wall_dls(train, valid, args.size, args.bs, args.wall_code)
     try: learn = wall_learner(dls, arch, self_attention=not args.no_attention, pretrained=args.pretrained, path=out)
-    except Exception as e: raise ValueError(f"no U-Net on --arch {args.arch}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+    except Exception as e: raise ValueError(f"no U-Net on --arch {args.arch}: {_first_line(e)}") from e
     return learn,test
 
 # %% ../../nbs/api/walls/commands.ipynb #1bf36d4b
@@ -109,10 +116,12 @@ def _finish(learn, test, args, before):
     if gammas:
         save_figure(learn.plot_gamma(), out/'gamma.png')
         save_figure(learn.show_attention(test[:3]), out/'attention.png')
-        attention_explorer(learn, test[:4], out/'explorer.html', others={'before training':before}, label='after training', title='What the wall finder attends to')
+        attention_explorer(learn, test[:4], out/'explorer.html', others={'before training':before}, label='after training',
+                           title='What the wall finder attends to')
     learn.export()
     write_report(out, figures, gammas, {f"--{k.replace('_','-')}":v for k,v in vars(args).items() if v is not None})
-    print(f"\ntest Dice {figures['dice']:.3f} (calling everything wall: {figures['all_wall_dice']:.3f}), wall IoU {figures['wall_iou']:.3f}")
+    print(f"\ntest Dice {figures['dice']:.3f} (calling everything wall: {figures['all_wall_dice']:.3f}), "
+          f"wall IoU {figures['wall_iou']:.3f}")
     for name,g in gammas.items(): print(f"gamma {g:.4f} ({name})")
     print(f"results: {out}, start with {out/'report.md'}\n"
           f'on your own photo: selfattn-recolor --model {shlex.quote(str(out/"export.pkl"))} --color "#7aa6c2" photo.jpg')
@@ -147,7 +156,8 @@ def _recolor_parser():
     p.add_argument('--model', type=Path, required=True, metavar='FILE', help="export.pkl of a run")
     p.add_argument('--color', required=True, help="new paint, such as '#7aa6c2' or teal")
     p.add_argument('--mask', action='store_true', help="write the mask too (white is wall)")
-    p.add_argument('--out', type=Path, default=Path('.'), metavar='DIR', help="folder for the new pictures, made if need be (the current one)")
+    p.add_argument('--out', type=Path, default=Path('.'), metavar='DIR',
+                   help="folder for the new pictures, made if need be (the current one)")
     p.add_argument('--overwrite', action='store_true', help="replace pictures that are there already")
     p.add_argument('photos', type=Path, nargs='+', metavar='photo', help="photos of rooms")
     return p
@@ -175,7 +185,7 @@ def _load(file):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try: learn = load_learner(file)
-        except Exception as e: raise ValueError(f"{file} is not an exported Learner: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+        except Exception as e: raise ValueError(f"{file} is not an exported Learner: {_first_line(e)}") from e
     if not isinstance(learn, Learner): raise ValueError(f"{file} is not an exported Learner but holds a {type(learn).__name__}")
     return learn
 

@@ -88,7 +88,9 @@ def wall_items(
         (w,h),mask = open_photo(f).size,open_mask(masks[stem], code)
         if mask.shape != (h,w): raise ValueError(f"{masks[stem]} has {mask.shape[1]}x{mask.shape[0]} pixels, its picture {f} has {w}x{h}")
         walls += mask.any()
-    if not walls: raise ValueError(f"no wall in any mask of {path/'masks'}: " + ("are they all 0?" if code is None else f"no pixel has the code {code}"))
+    if not walls:
+        why = "are they all 0?" if code is None else f"no pixel has the code {code}"
+        raise ValueError(f"no wall in any mask of {path/'masks'}: {why}")
     return list(images.values())
 
 # %% ../../nbs/api/walls/data.ipynb #71573ae6

@@ -66,7 +66,9 @@ def plot_recolored(
 # %% ../../nbs/api/walls/report.ipynb #aaac2a6f
 def _cell(v): return f'{v:.4g}' if isinstance(v, float) else str(v)
 
-def _write_table(df): return '\n'.join(['| '+' | '.join(map(_cell, r))+' |' for r in [df.columns, ['---']*len(df.columns), *df.values.tolist()]])
+def _write_table(df):
+    rows = [df.columns, ['---']*len(df.columns), *df.values.tolist()]
+    return '\n'.join('| '+' | '.join(map(_cell, r))+' |' for r in rows)
 
 def write_report(
     out:Path, # the run folder, with `table.csv` and the pictures in it
@@ -82,7 +84,8 @@ def write_report(
     for f,title in (('gamma.png','gamma per training step'), ('predictions.png','Held-out rooms: image, truth, prediction'),
                     ('attention.png','What the marked pixels attend to (1 is the average)'), ('recolored.png','Repainted')):
         if (out/f).exists(): lines += [f'## {title}', '', f'![{title}]({f})', '']
-    if (out/'explorer.html').exists(): lines += ['## Any pixel you like', '', 'Open [explorer.html](explorer.html) in a browser and click on a picture.', '']
+    if (out/'explorer.html').exists():
+        lines += ['## Any pixel you like', '', 'Open [explorer.html](explorer.html) in a browser and click on a picture.', '']
     lines += ['## Settings', '', _write_table(pd.DataFrame(settings.items(), columns=['option','value'])), '']
     (out/'report.md').write_text('\n'.join(lines), encoding='utf-8')
 

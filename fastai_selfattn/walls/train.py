@@ -27,7 +27,8 @@ def small_encoder(
     weights=None, # likewise only None
 )->nn.Sequential: # stem, four stages, and the pooling layer at which fastai cuts an encoder
     "A small residual encoder, 16 to 128 channels, its map halved five times"
-    if pretrained or weights: raise ValueError("the small encoder has no pretrained weights: use `pretrained=False`, or another encoder such as resnet34")
+    if pretrained or weights:
+        raise ValueError("the small encoder has no pretrained weights: use `pretrained=False`, or another encoder such as resnet34")
     chs = [16,32,64,128,128]
     stages = [nn.Sequential(ConvLayer(a, b, stride=2), ResBlock(1, b, b)) for a,b in zip(chs, chs[1:])]
     return nn.Sequential(ConvLayer(3, chs[0], stride=2), *stages, nn.AdaptiveAvgPool2d(1))
