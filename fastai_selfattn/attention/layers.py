@@ -10,6 +10,7 @@ __all__ = ['SelfAttention', 'PooledSelfAttention2d', 'PaperSelfAttention', 'Simp
 # %% ../../nbs/api/attention/layers.ipynb #10f98733
 import copy
 import inspect
+import math
 from collections.abc import Sequence
 from numbers import Real
 
@@ -39,7 +40,8 @@ class _Attention(nn.Module):
     def _check(self, x):
         if not isinstance(x, Tensor): raise TypeError(f"`x` must be a tensor (bs, c, ...), got {type(x).__name__}")
         if x.is_complex():
-            raise TypeError(f"`x` must be real, got {x.dtype}: stack real and imaginary part as channels, e.g. `torch.cat([x.real, x.imag], 1)`")
+            raise TypeError(f"`x` must be real, got {x.dtype}: stack real and imaginary part as channels, "
+                            "e.g. `torch.cat([x.real, x.imag], 1)`")
         if not x.is_floating_point(): raise TypeError(f"`x` must be floating point, got {x.dtype}: convert it, e.g. with `.float()`")
         if not 3 <= x.dim() <= 5 or x.shape[1] != self.n_channels:
             raise ValueError(f"`x` must be (bs, {self.n_channels}, ...) with one to three map dimensions, got shape {tuple(x.shape)}")
@@ -59,6 +61,14 @@ def _gamma(start):
     if isinstance(start, bool) or not isinstance(start, Real):
         raise TypeError(f"`gamma` must be a number, where the layer's gamma starts; got {start!r}")
     return nn.Parameter(torch.tensor([float(start)]))
+
+def _check_scale(scale):
+    if isinstance(scale, bool) or not isinstance(scale, Real): raise TypeError(f"`scale` must be a number, got {scale!r}")
+    if not 0 < scale < math.inf: raise ValueError(f"`scale` must be more than 0 and finite, got {scale!r}")
+
+def _unit(t):
+    "Rows of length 1, in float32 at least, where the length of a short vector does not round to 0"
+    return F.normalize(t.to(torch.promote_types(t.dtype, torch.float32)), dim=-1).to(t.dtype)
 
 def _rows(t, heads):
     "(bs, channels, n) -> (bs*heads, n, channels/heads)"
@@ -83,9 +93,12 @@ class SelfAttention(_Attention):
         norm_type:NormType|None=NormType.Spectral, # norm of the convs: spectral, weight or None
         gamma:float=0., # where gamma starts
         softmax:bool=True, # False: weights are dot products divided by the number of keys (non-local block, arXiv 1711.07971, eq. 4)
+        scale:float=1., # factor of the logits, more than 0
+        unit:bool=False, # queries and keys of length 1, so that logits are cosines times `scale`
+        learn_scale:bool=False, # train `scale`, as its logarithm, from where it is set
     ):
         n_channels,reduction,heads,pool = check_whole(n_channels=n_channels, reduction=reduction, heads=heads, pool=pool)
-        _check_norm(norm_type), _check_bool(softmax=softmax)
+        _check_norm(norm_type), _check_bool(softmax=softmax, unit=unit, learn_scale=learn_scale), _check_scale(scale)
         gamma,d = _gamma(gamma),max(1, n_channels//reduction)
         inner = self._inner_channels(n_channels, d)
         dv = inner or n_channels
@@ -97,6 +110,8 @@ class SelfAttention(_Attention):
         self.query,self.key,self.value = (normed_conv(n_channels, nf, self._ndim, norm_type) for nf in (d, d, dv))
         if inner: self.out = normed_conv(dv, n_channels, self._ndim, norm_type)
         self.gamma = gamma
+        self.scale,self.unit,self.learn_scale = float(scale),unit,learn_scale
+        if learn_scale: self.log_scale = nn.Parameter(torch.tensor([math.log(scale)]))
 
     def _inner_channels(self, n_channels, d): return None     # channels of the values where an output conv follows
 
@@ -106,12 +121,19 @@ class SelfAttention(_Attention):
         "`ValueError`/`TypeError` on any other shape or dtype"
         self._check(x)
         q,k,v = self._projected(x, self._asks, self._answers, 'value')
-        k,v = (_pooled(t, self.pool, x.shape[2:]) for t in (k,v))
-        q,k,v = (_rows(t, self.heads) for t in (q,k,v))
+        q,k = self._compared(q, k, x.shape[2:])
+        v = _rows(_pooled(v, self.pool, x.shape[2:]), self.heads)
         o = attend(q, k, v) if self.softmax else dot_attend(q, k, v, 1/k.shape[1])
         o = o.mT.unflatten(0, (x.shape[0],self.heads)).flatten(1, 2)
         if hasattr(self, 'out'): o = self.out(o.unflatten(2, x.shape[2:]) if self._ndim == 2 else o)
         return x + self.gamma*o.reshape(x.shape)
+
+    def _compared(self, q, k, size):
+        "What the convs made, over a map of `size`, as the rows whose dot products are the logits, each (bs*heads, n, d)"
+        q,k = _rows(q, self.heads),_rows(_pooled(k, self.pool, size), self.heads)
+        if self.unit: q,k = _unit(q),_unit(k)
+        if self.learn_scale: return q*self.log_scale.exp().to(q.dtype),k
+        return (q if self.scale == 1 else q*self.scale),k
 
     def _projected(self, x, *names):
         "What the convs `names` make of the map `x`, each (bs, channels, n)"
@@ -120,7 +142,7 @@ class SelfAttention(_Attention):
 
 # %% ../../nbs/api/attention/layers.ipynb #11acb445
 class PooledSelfAttention2d(SelfAttention):
-    "Self-attention to a max pooled map, with values of half the channels and an output conv (SAGAN's own code, BigGAN; `fastai.layers.PooledSelfAttention2d`)"
+    "Self-attention to a max pooled map, with c/2 value channels and an output conv (SAGAN's code; fastai's `PooledSelfAttention2d`)"
     _asks,_answers,_ndim = 'query','key',2
 
     def __init__(self,
@@ -131,14 +153,18 @@ class PooledSelfAttention2d(SelfAttention):
         norm_type:NormType|None=NormType.Spectral, # norm of the convs: spectral, weight or None
         gamma:float=0., # where gamma starts
         softmax:bool=True, # False: weights are dot products divided by the number of keys
-    ): super().__init__(n_channels, reduction, heads, pool, norm_type, gamma, softmax)
+        scale:float=1., # factor of the logits, more than 0
+        unit:bool=False, # queries and keys of length 1, so that logits are cosines times `scale`
+        learn_scale:bool=False, # train `scale`, as its logarithm, from where it is set
+    ): super().__init__(n_channels, reduction, heads, pool, norm_type, gamma, softmax, scale, unit, learn_scale)
 
     def _inner_channels(self, n_channels, d): return max(1, n_channels//2)
 
     def _check(self, x):
         super()._check(x)
         if x.dim() != 4:
-            raise ValueError(f"`x` must be a 2d map (bs, {self.n_channels}, h, w), got shape {tuple(x.shape)}: `SelfAttention(..., pool=2)` takes 1d and 3d maps too")
+            raise ValueError(f"`x` must be a 2d map (bs, {self.n_channels}, h, w), got shape {tuple(x.shape)}: "
+                             "`SelfAttention(..., pool=2)` takes 1d and 3d maps too")
 
 # %% ../../nbs/api/attention/layers.ipynb #92be7ed1
 class PaperSelfAttention(SelfAttention):
@@ -159,17 +185,21 @@ def _fill(conv, w):
 @patch
 @torch.no_grad()
 def merge(self:PaperSelfAttention)->SelfAttention: # in the mode, dtype and device of this layer
-    "A `SelfAttention` with the same outputs: `out` and `value` as one conv, its spectral norm moved into gamma; `ValueError` where there is none"
+    "A `SelfAttention` with the same outputs: `out` and `value` as one conv, its norm in gamma; `ValueError` if there is none"
     if self.heads > 1 or self.pool > 1 or not (norms.is_plain(self.value) and norms.is_plain(self.out)):
         raise ValueError("only a layer with one head, no pooling and plain convs `value` and `out` can be merged; "
                          f"this one has heads={self.heads}, pool={self.pool}")
     settle(self)
     w = self.out[0].weight.flatten(1).double() @ self.value[0].weight.flatten(1).double()
     if self.norm_type == NormType.Spectral and not (w.isfinite().all() and w.any()):
-        raise ValueError("`out` after `value` is zero everywhere (or not finite), which no conv under spectral norm can be: train the layer first")
-    with torch.random.fork_rng(devices=[]): new = SelfAttention(self.n_channels, self.reduction, norm_type=self.norm_type, softmax=self.softmax)
+        raise ValueError("`out` after `value` is zero everywhere (or not finite), which no conv under spectral norm can be: "
+                         "train the layer first")
+    with torch.random.fork_rng(devices=[]):
+        options = {name: getattr(self, name) for name in ('norm_type','softmax','scale','unit','learn_scale')}
+        new = SelfAttention(self.n_channels, self.reduction, **options)
     settle(new.to(self.gamma))     # the value's vectors are about to be given
     new.query,new.key = copy.deepcopy(self.query),copy.deepcopy(self.key)
+    if self.learn_scale: new.log_scale.copy_(self.log_scale)
     new.gamma.copy_(self.gamma*_fill(new.value[0], w[...,None]))
     return new.train(self.training)
 
@@ -208,7 +238,8 @@ class SimpleSelfAttention(_Attention):
 
     def _sym_conv(self, pixels):
         if not isinstance(self.conv, nn.Conv1d):
-            raise TypeError(f"`sym=True` takes the weight of `conv`, which must be an nn.Conv1d; got {type(self.conv).__name__}: make the layer with `sym=False`")
+            raise TypeError(f"`sym=True` takes the weight of `conv`, which must be an nn.Conv1d; got {type(self.conv).__name__}: "
+                            "make the layer with `sym=False`")
         w = norms.next_weight(self.conv)
         return norms.mix(((w+w.transpose(0, 1))/2).squeeze(2), pixels)
 
@@ -232,19 +263,18 @@ def fuse_attention(
 def query_key_vectors(self:SelfAttention,
     x:Tensor, # (bs, n_channels, ...) feature map
 )->tuple[Tensor,Tensor]: # of the query pixels (bs, heads, ..., d), and of the pixels attended to, (bs, heads, ..., d) on the (pooled) map
-    "What the layer compares: `beta` is the softmax of their dot products; with the weights of the last forward pass; changes nothing; `TypeError`/`ValueError` on unfit inputs"
+    "What the layer compares: `beta` is the softmax of their dot products; changes nothing; `TypeError`/`ValueError` on unfit inputs"
     self._check(x)
-    with eval_mode(self): q,k = self._projected(x, self._asks, self._answers)
-    k = _pooled(k, self.pool, x.shape[2:])
+    with eval_mode(self): q,k = self._compared(*self._projected(x, self._asks, self._answers), x.shape[2:])
     sides = [-(-side//self.pool) for side in x.shape[2:]]
-    return tuple(_rows(t, self.heads).unflatten(1, size).unflatten(0, (x.shape[0],self.heads)) for t,size in ((q,x.shape[2:]), (k,sides)))
+    return tuple(t.unflatten(1, size).unflatten(0, (x.shape[0],self.heads)) for t,size in ((q,x.shape[2:]), (k,sides)))
 
 @patch
 def attention_weights(self:SelfAttention,
     x:Tensor, # (bs, n_channels, ...) feature map
     rows:Sequence[int]|Tensor, # (m,) indices of query pixels, 0 to n-1, row by row over the map
 )->Tensor: # (bs, heads, m, ...) weights on the (pooled) map; they sum to 1 under a softmax; float32 at least
-    "How much each chosen query pixel attends to every pixel, with the weights of the last forward pass; changes nothing; `TypeError`/`ValueError` on unfit inputs"
+    "How much each chosen query pixel attends to every pixel, as of the last forward pass; `TypeError`/`ValueError` on unfit inputs"
     q,k = self.query_key_vectors(x)
     size = k.shape[2:-1]
     q,k = (t.flatten(2, -2).flatten(0, 1) for t in (q,k))

@@ -3,6 +3,7 @@ import contextlib
 import copy
 import inspect
 import io
+import math
 import pickle
 import shutil
 
@@ -1083,3 +1084,80 @@ def test_compiled_training_step_through_tiles():
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     for y in (want, got): y.square().sum().backward()
     for a, b in zip(layer.parameters(), twin.parameters()): torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3)
+
+
+# scale and unit length
+
+SCALED = [dict(scale=.2), dict(scale=7.), dict(unit=True), dict(unit=True, scale=10., learn_scale=True), dict(scale=3., learn_scale=True), dict(unit=True, scale=5., heads=2, reduction=4, pool=2),
+          dict(softmax=False, scale=.3), dict(softmax=False, unit=True)]
+
+def by_hand(layer, x):
+    "The formula with the options `scale` and `unit`, head by head, n x n written out"
+    given = x if layer._ndim == 2 else x.flatten(2)
+    q, k, v = (getattr(layer, n)(given).flatten(2) for n in (layer._asks, layer._answers, 'value'))
+    if layer.pool > 1: k, v = (F.max_pool2d(t.unflatten(2, x.shape[2:]), layer.pool, ceil_mode=True).flatten(2) for t in (k, v))
+    outs, maps = [], []
+    for a, b, c in zip(*(t.chunk(layer.heads, 1) for t in (q, k, v))):
+        if layer.unit: a, b = a / a.square().sum(1, keepdim=True).sqrt(), b / b.square().sum(1, keepdim=True).sqrt()
+        logits = (layer.log_scale.exp() if layer.learn_scale else layer.scale) * a.mT @ b
+        maps.append(logits.softmax(-1) if layer.softmax else logits / logits.shape[-1])
+        outs.append(c @ maps[-1].mT)
+    o = torch.cat(outs, 1)
+    if hasattr(layer, 'out'): o = layer.out(o.unflatten(2, x.shape[2:]) if layer._ndim == 2 else o).flatten(2)
+    return x + layer.gamma * o.reshape(x.shape), torch.stack(maps, 1)
+
+@pytest.mark.parametrize('options', SCALED, ids=str)
+@each_softmax
+def test_scale_and_unit_by_hand(cls, options):
+    torch.manual_seed(6)
+    options = {**options, 'pool': options.get('pool', 2 if cls is PooledSelfAttention2d else 1)}
+    layer, x = use(cls(24, gamma=.7, norm_type=None, **options)), 2 * torch.randn(2, 24, 5, 7)
+    want, maps = by_hand(layer, x)
+    close(layer(x), want, rtol=1e-4, atol=1e-5)
+    rows = [3, 34, 0]
+    close(layer.attention_weights(x, rows).flatten(3), maps[:, :, rows], rtol=1e-4, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), list(layer.parameters())) for y in (layer(x), want))
+    for a, b in zip(ours, theirs): close(a, b, rtol=1e-3, atol=1e-3)
+    plain = cls(24, gamma=.7, norm_type=None, **{k: v for k, v in options.items() if k not in ('scale', 'unit', 'learn_scale')})
+    plain.load_state_dict({k: v for k, v in layer.state_dict().items() if k != 'log_scale'})
+    assert (plain(x) - want).abs().max() > 1e-3     # the option does something
+
+@each_softmax
+def test_default_scale_changes_no_key_and_no_bit(cls):
+    torch.manual_seed(6)
+    layer, x = use(cls(24, gamma=.7)), torch.randn(2, 24, 5, 7)
+    same = cls(24, gamma=.7, scale=1., unit=False, learn_scale=False)
+    same.load_state_dict(layer.state_dict())
+    assert torch.equal(same(x), layer(x)) and 'log_scale' not in same.state_dict() and 'scale' not in repr(same).split('\n')[1]
+
+def test_learned_scale_is_trained_and_stays_positive():
+    torch.manual_seed(6)
+    layer, x = SelfAttention(24, gamma=1., unit=True, scale=10., learn_scale=True), torch.randn(2, 24, 5, 7)
+    opt = torch.optim.SGD([layer.log_scale], lr=100.)
+    before = layer.log_scale.item()
+    assert before == pytest.approx(math.log(10))
+    layer(x).square().sum().backward()
+    opt.step()
+    assert layer.log_scale.item() != before and layer.log_scale.exp().item() >= 0
+    assert copy.deepcopy(layer).log_scale.item() == layer.log_scale.item()
+
+def test_unit_takes_pixels_of_zeros_and_short_ones_in_half_precision():
+    layer = SelfAttention(24, gamma=1., unit=True, norm_type=None).half().requires_grad_(False)
+    x = torch.zeros(1, 24, 3, 5, dtype=torch.half)
+    assert torch.equal(layer(x), x)
+    x[..., 1, 2] = 2e-4
+    assert layer(x).isfinite().all()
+
+@pytest.mark.parametrize('options', [dict(scale=3.), dict(unit=True, scale=10., learn_scale=True)], ids=str)
+def test_merging_keeps_scale_and_unit(options):
+    torch.manual_seed(6)
+    layer, x = use(PaperSelfAttention(24, gamma=.7, **options)).eval(), 2 * torch.randn(2, 24, 5, 7)
+    if 'learn_scale' in options: nn.init.constant_(layer.log_scale, math.log(17.))
+    close(layer.merge()(x), layer(x), rtol=1e-4, atol=1e-5)
+    fused = fuse_attention(copy.deepcopy(layer))
+    close(fused(x), layer(x), rtol=1e-4, atol=1e-5)
+    fused.load_state_dict(fused.state_dict())
+
+@pytest.mark.parametrize('scale,error', [(0, ValueError), (-1., ValueError), (math.inf, ValueError), (math.nan, ValueError), (True, TypeError), ('8', TypeError), (None, TypeError)])
+def test_bad_scales_are_named(scale, error):
+    with pytest.raises(error, match='`scale` must be'): SelfAttention(24, scale=scale)

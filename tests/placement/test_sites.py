@@ -857,7 +857,7 @@ def test_names_that_fit_nothing(sites, where, max_side, says):
 
 
 @pytest.mark.parametrize('where,max_side,got', [(3, None, 'got 3'), (False, None, 'got False'), (1, None, 'got 1'), ([], None, r'got \[\]'), (['middle', 3], None, 'got 3'), ([None], None, 'got None'), (2.5, 20, 'got 2.5'), ({}, None, r'got \{\}'), (b'middle', None, "got b'middle'"),
-                                                ('middle', '12', "`max_side` must be 0 or more cells, got '12'"), (None, 3., 'got 3.0'), (None, True, 'got True')], ids=named)
+                                                ('middle', '12', "`max_side` must be a whole number, 0 or more cells, got '12'"), (None, 3., 'got 3.0'), (None, True, 'got True')], ids=named)
 def test_wrong_types(sites, where, max_side, got):
     with pytest.raises(TypeError, match=got): sites.match(where, max_side)
 
