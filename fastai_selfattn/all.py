@@ -9,6 +9,7 @@ from fastai_selfattn.placement.sites import attention_sites
 from fastai_selfattn.placement.unet import create_unet_model, unet_learner
 from fastai_selfattn.placement.upgrade import upgrade_attention
 from fastai_selfattn.seeing.chart import plot_attention_stats, plot_gamma, plot_sites
+from fastai_selfattn.seeing.effect import attention_effect, attention_uniform
 from fastai_selfattn.seeing.explorer import attention_explorer
 from fastai_selfattn.seeing.field import receptive_field
 from fastai_selfattn.seeing.gamma_logger import GammaLogger
@@ -19,7 +20,7 @@ from fastai_selfattn.seeing.record import AttentionRecorder
 
 __all__ = ['attend', 'attention_backend', 'attention_stats', 'attention_weights', 'dot_attend',
            'SelfAttention', 'PooledSelfAttention2d', 'PaperSelfAttention', 'SimpleSelfAttention', 'fuse_attention',
-           'register_attention', 'attention_layers', 'attention_status', 'attention_off',
+           'register_attention', 'attention_layers', 'attention_status', 'attention_off', 'attention_uniform', 'attention_effect',
            'attention_sites', 'insert_attention', 'inserted_layers', 'remove_attention', 'upgrade_attention',
            'create_unet_model', 'unet_learner',
            'AttentionRecorder', 'receptive_field', 'GammaLogger', 'AttentionMapLogger', 'AttentionInterpretation', 'attention_explorer',

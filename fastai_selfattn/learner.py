@@ -24,6 +24,7 @@ from .seeing.map_logger import AttentionMapLogger
 from .placement.insert import insert_attention as _insert_attention, remove_attention as _remove_attention
 from .attention.layers import SelfAttention
 from .quiet import eval_mode
+from .seeing.effect import AttentionEffect, attention_effect as _attention_effect
 from .seeing.field import receptive_field
 from .seeing.pictures import pictures
 from .seeing.record import AttentionRecorder
@@ -124,6 +125,14 @@ def remove_attention(self:Learner,
 def attention_status(self:Learner)->AttentionStatus: # a table that prints and displays
     "`kinds.attention_status` of this Learner's model"
     return _attention_status(self)
+
+@patch
+def attention_effect(self:Learner,
+    layers:str|Sequence[str]=None, # names or patterns of layers; all if None
+    dl=None, # data to validate on; the Learner's validation data if None
+)->AttentionEffect: # a table that prints and displays, and a sentence
+    "`effect.attention_effect` of this Learner: does attention matter, do its maps?"
+    return _attention_effect(self, layers, dl)
 
 @patch
 def upgrade_attention(self:Learner)->Upgrade: # what was changed and what was left alone

@@ -27,6 +27,7 @@ from fastai.vision import models
 
 from .. import learner  # noqa: F401  gives `Learner` its `show_attention`
 from ..attention.kinds import attention_layers
+from ..seeing.effect import change_in_words
 from ..seeing.explorer import attention_explorer
 from .data import open_photo, split_walls, wall_dls, wall_items
 from .train import evaluate_walls, small_encoder, wall_learner
@@ -68,6 +69,8 @@ def _walls_parser():
                    help="encoder: small, or any of torchvision or fastai that unet_learner takes, such as resnet34 (%(default)s)")
     p.add_argument('--pretrained', action='store_true', help="start from the encoder's pretrained weights (downloads them)")
     p.add_argument('--no-attention', action='store_true', help="train without self-attention, to compare")
+    p.add_argument('--gamma', type=at_least(0, float), default=0., metavar='G',
+                   help="where gamma starts: 0 as in fastai, 1 for attention that is at work from the first step (%(default)s)")
     p.add_argument('--seed', type=at_least(0), default=0, metavar='N',
                    help="the same seed gives the same rooms, split and start weights (%(default)s)")
     p.add_argument('--out', type=Path, metavar='DIR', help="new folder for the results; walls-run-1, -2, ... if not given")
@@ -102,15 +105,22 @@ def _prepare(args, arch, items, out):
     train,valid,test = split_walls(items, args.seed)
     set_seed(args.seed)     # before the `DataLoaders`, which draw the order of their batches from it
     dls = wall_dls(train, valid, args.size, args.bs, args.wall_code)
-    try: learn = wall_learner(dls, arch, self_attention=not args.no_attention, pretrained=args.pretrained, path=out)
+    given = {} if args.no_attention else dict(gamma=args.gamma)
+    try: learn = wall_learner(dls, arch, self_attention=not args.no_attention, pretrained=args.pretrained, path=out, **given)
     except Exception as e: raise ValueError(f"no U-Net on --arch {args.arch}: {_first_line(e)}") from e
     return learn,test
 
 # %% ../../nbs/api/walls/commands.ipynb #1bf36d4b
+def _effect(learn, test):
+    "What attention did for the Dice of the test pictures, in a sentence"
+    effect = learn.attention_effect(dl=learn.dls.test_dl(test, with_labels=True, num_workers=0))
+    on,*others = [f'{dice:.3f} ({way})' for way,dice in effect.table['dice'].items()]
+    return f"Dice {on}, {', '.join(others)}: {change_in_words(max(effect.changes.values()))}"
+
 def _finish(learn, test, args, before):
     "Write pictures, model and report; print the end of the run; `before` is a copy of the model from before training"
     out,gammas = learn.path,{n:m.gamma.item() for n,m in attention_layers(learn.model).items()}
-    figures = evaluate_walls(learn, test)
+    figures,effect = evaluate_walls(learn, test),_effect(learn, test) if gammas else ''
     save_figure(plot_predictions(learn, test[:5], args.wall_code), out/'predictions.png')
     save_figure(plot_recolored(learn, test[:4]), out/'recolored.png')
     if gammas:
@@ -119,10 +129,11 @@ def _finish(learn, test, args, before):
         attention_explorer(learn, test[:4], out/'explorer.html', others={'before training':before}, label='after training',
                            title='What the wall finder attends to')
     learn.export()
-    write_report(out, figures, gammas, {f"--{k.replace('_','-')}":v for k,v in vars(args).items() if v is not None})
+    write_report(out, figures, gammas, {f"--{k.replace('_','-')}":v for k,v in vars(args).items() if v is not None}, effect)
     print(f"\ntest Dice {figures['dice']:.3f} (calling everything wall: {figures['all_wall_dice']:.3f}), "
           f"wall IoU {figures['wall_iou']:.3f}")
     for name,g in gammas.items(): print(f"gamma {g:.4f} ({name})")
+    if effect: print(effect)
     print(f"results: {out}, start with {out/'report.md'}\n"
           f'on your own photo: selfattn-recolor --model {shlex.quote(str(out/"export.pkl"))} --color "#7aa6c2" photo.jpg')
 

@@ -75,11 +75,13 @@ def write_report(
     figures:dict[str,float], # from `evaluate_walls`
     gammas:dict[str,float], # module path -> gamma; empty without attention
     settings:dict, # option -> value
+    effect:str='', # what attention did, in a sentence
 ):
     "Write `report.md`: settings, figures, table and pictures of a run"
     lines = ['# Walls: report of a run', '', f"Test Dice {figures['dice']:.3f}, wall IoU {figures['wall_iou']:.3f}. "
              f"Calling every pixel wall has a Dice of {figures['all_wall_dice']:.3f}.", '']
     lines += [f'gamma of `{name}`: {g:.4f}' for name,g in gammas.items()] or ['Without attention.']
+    lines += ['', effect]
     lines += ['', '## Training', '', _write_table(pd.read_csv(out/'table.csv')), '']
     for f,title in (('gamma.png','gamma per training step'), ('predictions.png','Held-out rooms: image, truth, prediction'),
                     ('attention.png','What the marked pixels attend to (1 is the average)'), ('recolored.png','Repainted')):
