@@ -6,11 +6,13 @@ import pytest
 import torch
 from conftest import named
 from fastai.torch_core import TensorImage
+from fastai.vision.models.unet import DynamicUnet
 from torch import nn
 from watched import POINTS, SIZES, as_it_was, close, hooks, images, marked, mixed, net, same, stance_is_forced, to_marked, with_gamma
 
 from fastai_selfattn.attention.layers import SelfAttention
 from fastai_selfattn.seeing.field import receptive_field
+from fastai_selfattn.walls.train import small_encoder
 
 def test_receptive_field_on_paper():
     model = nn.Sequential(nn.Conv2d(1, 1, 2, 2, bias=False), with_gamma(SelfAttention(1, norm_type=None), 0.))
@@ -149,3 +151,75 @@ def test_receptive_field_in_one_and_three_dimensions():
         field = receptive_field(model, images(nd), point)
         assert field.on.shape == SIZES[nd] and field.on.sum().item() == pytest.approx(1, rel=1e-5)
         assert field.off[tuple(point)] > 0 and field.off.ne(0).sum() < field.on.ne(0).sum()
+
+
+@pytest.mark.parametrize('bs', [2, 5])
+def test_each_image_counts_alike(bs):
+    "however steep the model is at it"
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), SelfAttention(8, gamma=1.), nn.Conv2d(8, 3, 3, padding=1))
+    x = images(bs=bs, size=(7, 11)) * 2.**torch.arange(bs).view(-1, 1, 1, 1)
+    field, alone = receptive_field(model, x, (5, 2), 1), [receptive_field(model, x[i:i+1], (5, 2), 1) for i in range(bs)]
+    for name in ('on', 'off'):
+        each = torch.stack([getattr(f, name) for f in alone])
+        close(getattr(field, name), each.mean(0))
+        assert (each[0] - each[-1]).abs().max() > .01
+
+
+class Noisy(nn.Module):
+    "Draws in eval mode too, and counts"
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('mean', torch.zeros(3, 1, 1))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.mean += x.detach().mean((0, 2, 3))[:, None, None]
+        return x * torch.rand_like(x) + self.mean
+
+def test_both_passes_draw_the_same_and_nothing_is_drawn():
+    model, x, point = nn.Sequential(Noisy(), SelfAttention(3, reduction=1), nn.Conv2d(3, 2, 3, padding=1)), images(size=(7, 11)), (5, 2)
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    field = receptive_field(model, x, point)
+    assert torch.equal(field.on, field.off)                        # gamma is 0
+    assert torch.equal(torch.get_rng_state(), before) and model[0].calls == 0 and not model[0].mean.any()
+    assert torch.equal(receptive_field(model, x, point).on, field.on)
+    torch.rand(1)
+    assert not torch.equal(receptive_field(model, x, point).on, field.on)
+
+
+class Fails(nn.Module):
+    "Raises at the pass `at`"
+    def __init__(self, at, error): super().__init__(); self.at, self.error, self.passes = at, error, []
+    def forward(self, x):
+        self.passes.append(1)
+        if len(self.passes) == self.at: raise self.error('enough')
+        return x
+
+@pytest.mark.parametrize('at,error', [(1, RuntimeError), (2, KeyboardInterrupt)], ids=['with attention', 'without'])
+def test_a_pass_that_fails_leaves_the_model_as_it_was(at, error):
+    model = nn.Sequential(*mixed().train(), Noisy(), Fails(at, error))
+    model[-2] = nn.Sequential(nn.Conv2d(16, 3, 1), Noisy())
+    model[:-1](images(size=(32, 48))).square().mean().backward()
+    model[2].eval(), model[4].query.eval() if hasattr(model[4], 'query') else model[4].eval()
+    before, rng = as_it_was(model), torch.get_rng_state()
+    assert len(set(before[0]['modes'])) == 2
+    with pytest.raises(error, match='enough'): receptive_field(model, images(size=(32, 48)), (3, 4))
+    same(before, as_it_was(model))
+    assert len(model[-1].passes) == at and torch.equal(rng, torch.get_rng_state()) and not stance_is_forced()
+
+
+@pytest.mark.parametrize('ran', [False, True])
+def test_skips_of_a_unet_are_those_of_before(ran):
+    torch.manual_seed(0)
+    unet = DynamicUnet(small_encoder()[:-1], 2, (64, 96), self_attention=True).eval()
+    for h in unet.sfs: h.stored = None
+    if ran: unet(images(bs=1, size=(64, 96)))
+    before = [h.stored for h in unet.sfs]
+    assert all((b is not None) == ran for b in before)
+    for bad in (None, 99):
+        with contextlib.nullcontext() if bad is None else pytest.raises(ValueError, match='`channel` must be 0 to 1, got 99'):
+            receptive_field(unet, images(bs=1, size=(64, 96)), (60, 5), bad)
+        assert all(h.stored is b for h, b in zip(unet.sfs, before))

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import named
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -137,3 +138,42 @@ def test_training_goes_on_as_without_pictures(files, look, plain):
 def test_pictures_want_a_validation_set():
     learn = Learner(DataLoaders(DataLoader([(torch.rand(3, 6, 8), 0)] * 4, bs=2)), learner_model(3), loss_func=nn.MSELoss())
     with pytest.raises(ValueError, match='no validation set'): pictures(learn)
+
+
+@pytest.mark.parametrize('size', [(21, 13), (1, 1)], ids=named)
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int64, torch.float16, torch.float64], ids=named)
+def test_pictures_of_any_type_of_number(dtype, size):
+    "Whole numbers are 0 to 255, fractions 0 to 1"
+    want = torch.randint(20, 200, (2, 3, *size), generator=torch.Generator().manual_seed(0))
+    x = want.to(dtype) / (255 if dtype.is_floating_point else 1)
+    x = x.to(dtype)
+    p = pictures(Learner(DataLoaders(DataLoader(tensors(2), bs=2), DataLoader(tensors(2), bs=2)), learner_model(3), loss_func=nn.CrossEntropyLoss()), x)
+    assert p.x.dtype == dtype and torch.equal(p.x, x) and p.images.dtype == torch.float32
+    close(p.images, want / 255, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize('lo,hi,stretched', [(-.009, 1.009, False), (-.02, .5, True), (.5, 1.02, True), (0., .1, False), (-4., 9., True)])
+def test_only_what_is_no_picture_is_stretched(lo, hi, stretched):
+    x = torch.linspace(lo, hi, 2*3*5*7).view(2, 3, 5, 7)[torch.tensor([1, 0])]
+    x[0], x[1] = (x[0] - x[0].min()) / (x[0].max() - x[0].min()) * (hi-lo) + lo, .5
+    p = pictures(Learner(DataLoaders(DataLoader(tensors(2), bs=2), DataLoader(tensors(2), bs=2)), learner_model(3), loss_func=nn.CrossEntropyLoss()), x)
+    close(p.images[0], (x[0] - lo) / (hi - lo) if stretched else x[0].clamp(0, 1))
+    assert p.images[1].eq(.5).all() and p.images.min() >= 0 and p.images.max() <= 1     # each by itself
+
+
+def test_a_picture_that_cannot_be_read_changes_nothing(files, tmp_path):
+    learn = learner(files)
+    learn.model.train(), learn.model[0].eval()
+    (tmp_path/'no.png').write_bytes(b'no picture')
+    states = lambda: (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), learn.dls.train.rng.getstate())
+    before, modes, pipe = states(), [m.training for m in learn.model.modules()], list(learn.dls.valid.after_batch.fs)
+    with pytest.raises(Exception, match='cannot identify image'): pictures(learn, [files[1], tmp_path/'no.png'])
+    assert states() == before and [m.training for m in learn.model.modules()] == modes and list(learn.dls.valid.after_batch.fs) == pipe
+    check(pictures(learn), files[5:8])
+
+
+def test_pictures_come_to_the_device_of_the_model(files):
+    learn = learner(files)
+    learn.model.to('meta')
+    p = pictures(learn)
+    assert p.x.device.type == 'meta' and p.images.device.type == 'cpu' and p.x.shape == (3, 3, 20, 28)
