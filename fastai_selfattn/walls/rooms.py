@@ -258,8 +258,8 @@ def _develop(light, rng, h, w):
     x += (noise - 510)*np.float32(rng.uniform(.004, .02)/148)
     return np.ascontiguousarray((255*np.clip(x, 0, 1) + .5).astype(np.uint8).transpose(1, 2, 0))
 
-def _photo(room, cam, h, w, rng):
-    "Picture, uint8 (h, w, 3), and wall mask, bool (h, w)"
+def _photo(room, cam, h, w, rng, paints=False):
+    "Picture, uint8 (h, w, 3), and wall mask, bool (h, w); with `paints` the materials, int16 (h, w), too, -1 where one shines"
     t,p,axis,box,face = _trace(room, cam, h, w)
     mat,u,v = _cover(room, face, axis, p)
     side = (face & 1) == (box > 0)
@@ -268,7 +268,8 @@ def _photo(room, cam, h, w, rng):
     glow,wall = (np.array(c) for c in list(zip(*room.mats))[-2:])
     glow = glow.astype(np.float32).take(mat)
     light = np.where(glow > 0, glow, _shade(room, p, axis, side*np.float32(2) - 1))
-    return _develop(light*_albedo(room, mat, u, v, foot), rng, h, w),wall[mat].reshape(h, w)
+    picture,mask = _develop(light*_albedo(room, mat, u, v, foot), rng, h, w),wall[mat].reshape(h, w)
+    return (picture,mask,np.where(glow > 0, -1, mat).astype(np.int16).reshape(h, w)) if paints else (picture,mask)
 
 # %% ../../nbs/api/walls/rooms.ipynb #a3f27add
 def _span(room, wall, u0, u1, d0, d1, z0, z1):
@@ -473,7 +474,8 @@ def _size(size):
 def render_room(
     seed, # int >= 0, or a tuple of them: another seed is another room
     size=128, # int for a square, or (h, w); 8 or more, one side at most 4 times the other
-): # picture, uint8 (h, w, 3), and mask, bool (h, w), True where wall is seen
+    paints=False, # whether to give the paints too
+): # picture, uint8 (h, w, 3), and mask, bool (h, w), True where wall is seen; number of the paint seen, int16 (h, w), -1 where glass or the lamp shines
     "A furnished room seen from inside, and where its walls are"
     (first,*more),(h,w) = _seed(seed),_size(size)
     rng = np.random.default_rng(np.random.SeedSequence(first, spawn_key=more))
@@ -481,7 +483,7 @@ def render_room(
     while cam is None:
         room = _make_room(rng)
         cam = _view(room, rng, h, w)
-    return _photo(room, cam, h, w, rng)
+    return _photo(room, cam, h, w, rng, paints)
 
 # %% ../../nbs/api/walls/rooms.ipynb #1e904ede
 def make_rooms(

@@ -82,6 +82,22 @@ def test_window_and_box_are_not_wall():
     both = R._photo(room, AHEAD, 240, 240, np.random.default_rng(0))[1]
     assert (window & ~both).mean() == pytest.approx(1/8, abs=2e-3)   # all of the far wall's lower half; the rest of the front hides floor
 
+def test_paints_are_numbers_of_materials_and_what_shines_has_none():
+    room,other = plain()
+    lamp = R._material(room, np.array([.9, .9, .9]), glow=1.)
+    room.grid(3, (.5, 1, 1.5, 1.5), lamp)
+    picture,mask,paint = R._photo(room, AHEAD, 40, 60, np.random.default_rng(0), paints=True)
+    assert paint.dtype == np.int16 and paint.shape == (40, 60)
+    assert (paint[mask] == 0).all() and set(paint[~mask]) == {-1, other}
+    assert paint[17,30] == -1 and paint[12,30] == 0 and paint[39,30] == other     # the lamp, wall above it, floor
+
+@pytest.mark.parametrize('seed,size', [(3, 32), ((1, 2), (48, 65))])
+def test_asking_for_paints_changes_nothing(seed, size):
+    picture,mask,paint = render_room(seed, size, paints=True)
+    plain = render_room(seed, size)
+    assert len(plain) == 2 and (plain[0] == picture).all() and (plain[1] == mask).all()
+    assert not set(paint[mask]) & set(paint[~mask]) and len(set(paint[~mask])) > 1
+
 def test_left_is_left():
     room,other = plain()
     room.grid(3, (0, 0, .5, 2), other)      # x < .5 is at the left of a camera that looks along y
