@@ -1,4 +1,4 @@
-"""The methods of a `Learner`: `learn.attention_sites()`, `learn.insert_attention(...)`, `learn.plot_gamma()`, `learn.show_attention()`, and so on
+"""The methods of a `Learner`: `learn.attention_sites()`, `learn.insert_attention(...)`, `learn.show_attention()`, and so on
 
 Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/learner.html.md"""
 
@@ -51,7 +51,7 @@ def plot_gamma(self:Learner,
 def plot_attention_stats(self:Learner,
     ax:Sequence[Axes]=None, # two axes, a new figure if None
 )->np.ndarray: # the two axes
-    "Draw entropy and distance of attention in each layer over the epochs that an `AttentionMapLogger` saw; `ValueError` without one or before training"
+    "Draw entropy and distance of attention in each layer by epoch; `ValueError` without an `AttentionMapLogger` or before training"
     return chart.plot_attention_stats(_logger(self, AttentionMapLogger).stats, ax)
 
 # %% ../nbs/api/learner.ipynb #cb6f903f
@@ -60,7 +60,7 @@ def _default_points(h, w): return [(h//4, w//4), (h//2, w//2), (3*h//4, 3*w//4)]
 @patch
 def show_attention(self:Learner,
     items:Sequence=None, # pictures as the Learner's pipeline takes them, such as file names; the first of the validation set if None
-    points:Sequence[tuple[int,int]]|str|int=None, # query pixels, (row, col) in pixels of the model's input, or as `AttentionRecorder` takes them; three on the diagonal if None
+    points:Sequence[tuple[int,int]]|str|int=None, # pixels (row, col) of the input, or as for `AttentionRecorder`; 3 on the diagonal if None
     max_n:int=3, # how many of the validation set, if no `items` are given
     imsize:float=2., # height of a picture in inches
     layers:str|Sequence[str]=None, # names or patterns of layers; all if None
@@ -85,7 +85,7 @@ def show_receptive_field(self:Learner,
     ax:Sequence[Axes]=None, # two axes, a new figure if None
     imsize:float=3., # height of a picture in inches
 )->np.ndarray: # the two axes
-    "Draw the effective receptive field of an output pixel without and with attention over the first picture; `ValueError` as `record.receptive_field`"
+    "Draw an output pixel's effective receptive field without and with attention over the first picture; `ValueError` as `receptive_field`"
     p = pictures(self, items, max_n)
     return plot.show_receptive_field(p.images[0], receptive_field(self.model, p.x, point, channel, module), ax, imsize)
 
@@ -101,7 +101,7 @@ def attention_sites(self:Learner,
 
 @patch
 def insert_attention(self:Learner,
-    where:bool|str|Sequence|Callable[[Site],bool]|None=None, # names, paths or patterns of sites, True for fastai's place in a U-Net, or a function of a site
+    where:bool|str|Sequence|Callable[[Site],bool]|None=None, # names, paths or patterns of sites, True for fastai's own place, or a function
     how:str='append', # 'append': behind the module; 'replace': in its place
     layer:Callable[...,nn.Module]=SelfAttention, # called with the channels of the map and `layer_args`
     max_side:int=None, # only maps with no side longer than this, in cells

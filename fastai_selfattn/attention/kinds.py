@@ -40,20 +40,21 @@ class _Kind(NamedTuple):
 _kinds:dict[type,_Kind] = {}
 
 def register_attention(
-    cls:type=None, # class of layers, (bs, c, ...) in and out; subclasses are of the same kind unless registered themselves. Leave it out to use this as a decorator
-    vectors:Callable[[nn.Module,Tensor],tuple[Tensor,Tensor]]=None, # (layer, x) -> query and key vectors (bs, heads, *map, d), whose softmax of products, unscaled, is the map
-    weights:Callable[[nn.Module,Tensor,Tensor],Tensor]=None, # (layer, x, rows) -> (bs, heads, m, *map) weights of the query pixels `rows`, for layers whose map is made in another way
-    gamma:str|Callable[[nn.Module],Tensor]|None='gamma', # name of the parameter that scales what attention adds, or a function of the layer; None if there is none
-    pool:str|int|Callable[[nn.Module],int]=1, # side of the pooling of the pixels attended to, the name of the attribute with it, or a function of the layer
+    cls:type=None, # class of layers, (bs, c, ...) in and out, and subclasses not registered themselves; leave it out in a decorator
+    vectors:Callable[[nn.Module,Tensor],tuple[Tensor,Tensor]]=None, # (layer, x) -> q, k (bs, heads, *map, d); map: softmax(q@k.mT)
+    weights:Callable[[nn.Module,Tensor,Tensor],Tensor]=None, # (layer, x, rows) -> weights (bs, heads, m, *map) of `rows`, for other maps
+    gamma:str|Callable[[nn.Module],Tensor]|None='gamma', # name of the parameter that scales what is added, function of the layer, or None
+    pool:str|int|Callable[[nn.Module],int]=1, # side of the pooling of the pixels attended to, attribute with it, or function of the layer
     cost:Callable[[nn.Module,tuple],int]=None, # (layer, map size) -> multiply-adds of a forward pass of one image; counted in a run if None
     has_map:Callable[[nn.Module],bool]=None, # whether this very layer has a map, where not all of the class have
 )->type: # `cls`
-    "Make the layers of class `cls` known to every tool: recorder, loggers, plots, explorer, status; a later call replaces an earlier one; `TypeError`/`ValueError` on unfit arguments"
+    "Make layers of class `cls` known to every tool, in the place of an earlier call; `TypeError`/`ValueError` on unfit arguments"
     given = dict(vectors=vectors, weights=weights, gamma=gamma, pool=pool, cost=cost, has_map=has_map)
     if cls is None: return lambda cls: register_attention(cls, **given)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)): raise TypeError(f"`cls` must be a class of modules, got {cls!r}")
     for name in ('vectors','weights','cost','has_map'):
-        if given[name] is not None and not callable(given[name]): raise TypeError(f"`{name}` must be a function or None, got {given[name]!r}")
+        if given[name] is not None and not callable(given[name]):
+            raise TypeError(f"`{name}` must be a function or None, got {given[name]!r}")
     if vectors and weights: raise ValueError("give `vectors` or `weights`, not both: each says how the map is made")
     if not (gamma is None or isinstance(gamma, str) or callable(gamma)):
         raise TypeError(f"`gamma` must be a name, a function of the layer or None, got {gamma!r}")
@@ -92,7 +93,7 @@ def is_attention(
 def attention_layers(
     model:nn.Module|Learner, # any model, or a Learner
 )->dict[str,nn.Module]: # module path -> layer, in the order of `named_modules`
-    "The attention layers in `model`, empty if there are none: those of this package, of fastai, of registered classes, and all that `insert_attention` put in"
+    "The attention layers in `model`, maybe none: of this package, of fastai, of registered classes, and all that `insert_attention` put in"
     def path(name): return '.'.join(p for p in name.split('.') if p != '_orig_mod')
     found,within = {},None
     for name,m in bare_model(model_and_learner(model)[0]).named_modules():
@@ -138,14 +139,16 @@ def choose_layers(
     model:nn.Module|Learner, # any model, or a Learner
     layers:str|Sequence[str]=None, # module paths, names or paths of sites, or shell patterns of these; all if None
 )->dict[str,nn.Module]: # module path -> layer
-    "The attention layers of `model` that `layers` names; `ValueError` if there are none, or if a name matches none, `TypeError` unless they are names"
+    "The attention layers of `model` that `layers` names; `ValueError` if there are none or a name matches none, `TypeError` unless names"
     found = attention_layers(model)
     if not found:
-        raise ValueError(f"no attention layer in this {type(bare_model(model_and_learner(model)[0])).__name__}: put one into it with `insert_attention`, "
-                         "make layers of your own known with `register_attention`, or turn a copy of fastai's layers into ours with `upgrade_attention`")
+        raise ValueError(f"no attention layer in this {type(bare_model(model_and_learner(model)[0])).__name__}: "
+                         "put one into it with `insert_attention`, make layers of your own known with `register_attention`, "
+                         "or turn a copy of fastai's layers into ours with `upgrade_attention`")
     if layers is None: return found
     wanted = [layers] if isinstance(layers, str) else layers
-    if not isinstance(wanted, Sequence) or not all(isinstance(w, str) for w in wanted): raise TypeError(f"`layers` must be names of attention layers, got {layers!r}")
+    if not isinstance(wanted, Sequence) or not all(isinstance(w, str) for w in wanted):
+        raise TypeError(f"`layers` must be names of attention layers, got {layers!r}")
     called = layer_names(found)
     names = {p:{p, called[p], _place_path(p, m)} for p,m in found.items()}
     chosen = {w:[p for p in found if any(path_matches(n, w) for n in names[p])] for w in wanted}
@@ -225,8 +228,9 @@ def layer_vectors(
     q,k = vectors
     fits = q.dim() == x.dim()+1 and (len(q),q.shape[2:-1]) == (len(x),x.shape[2:])
     if fits and q.shape[:2] == k.shape[:2] and q.shape[-1] == k.shape[-1] and tuple(k.shape[2:-1]) in _map_sizes(layer, x): return q,k
-    raise ValueError(f"`vectors` of {type(layer).__name__} must give query and key vectors (bs, heads, *map, d), the map of the keys pooled by {pool_of(layer)}; "
-                     f"for a map of {tuple(x.shape)} they gave {tuple(q.shape)} and {tuple(k.shape)}")
+    raise ValueError(f"`vectors` of {type(layer).__name__} must give query and key vectors (bs, heads, *map, d), "
+                     f"the map of the keys pooled by {pool_of(layer)}; for a map of {tuple(x.shape)} "
+                     f"they gave {tuple(q.shape)} and {tuple(k.shape)}")
 
 # %% ../../nbs/api/attention/kinds.ipynb #10c72d62
 @torch.no_grad()
@@ -240,7 +244,8 @@ def layer_weights(
     if kind.weights:
         rows = torch.as_tensor(rows, device=x.device)
         w = kind.weights(layer, x, rows)
-        if isinstance(w, Tensor) and w.dim() == x.dim()+1 and (len(w),w.shape[2]) == (len(x),len(rows)) and tuple(w.shape[3:]) in _map_sizes(layer, x): return w
+        fits = isinstance(w, Tensor) and w.dim() == x.dim()+1 and (len(w),w.shape[2]) == (len(x),len(rows))
+        if fits and tuple(w.shape[3:]) in _map_sizes(layer, x): return w
         got = tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__
         raise ValueError(f"`weights` of {type(layer).__name__} must give (bs, heads, {len(rows)}, *map) for a map of {tuple(x.shape)} "
                          f"with pool={pool_of(layer)}, got {got}")
@@ -303,7 +308,9 @@ class AttentionStatus:
         return df.drop(columns='site') if (df.site == df.path).all() else df
 
     def __repr__(self): return f'{self.title}\n' + (self._text().to_string(index=False) if self.rows else 'none')
-    def _repr_html_(self): return f'<p>{html.escape(self.title)}</p>' + (self._text().to_html(index=False, border=0) if self.rows else '<p>none</p>')
+    def _repr_html_(self):
+        table = self._text().to_html(index=False, border=0) if self.rows else '<p>none</p>'
+        return f'<p>{html.escape(self.title)}</p>' + table
 
 # %% ../../nbs/api/attention/kinds.ipynb #829a6fea
 def _origin(layer):
@@ -322,7 +329,8 @@ def _status(path, name, layer):
     trained = sum(p.numel() for p in params if p.requires_grad)
     total = sum(p.numel() for p in params)
     trainable = '-' if not total else 'yes' if trained == total else 'no' if not trained else 'partly'
-    return {'path':path, 'site':name, 'class':type(layer).__name__, 'gamma':math.nan if gamma is None else one_number(gamma).item(), 'parameters':total,
+    return {'path':path, 'site':name, 'class':type(layer).__name__,
+            'gamma':math.nan if gamma is None else one_number(gamma).item(), 'parameters':total,
             'map':_map_kind(layer), 'trainable':trainable, 'state':'off' if is_off(layer) else 'on', 'origin':_origin(layer)}
 
 # %% ../../nbs/api/attention/kinds.ipynb #a362b708

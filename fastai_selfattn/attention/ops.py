@@ -73,26 +73,27 @@ def _attend(q:Tensor, k:Tensor, v:Tensor, scale:float)->tuple[Tensor,Tensor]:
     dtype,o = v.dtype,_rows_like(v, q.shape[1], _precise(v))
     q,k,v = _prepare(q, k, v, scale)
     lse = q.new_empty(*q.shape[:2], 1)
-    safe = _length(q)*_length(k).amax(1, keepdim=True) <= _safe(v)
+    safe = _length(q)*_length(k).amax(1, keepdim=True) <= _safe(v)     # rows that need no maximum
     tb,tr,tc = size = _tile(q.shape[0], q.shape[1], k.shape[1])
-    block = q.new_empty(math.prod(size))
-    for qb,kb,vb,ob,lseb,safeb in _steps(0, tb, q, k.mT, v.mT, o, lse, safe):
+    block = q.new_empty(math.prod(size))     # the memory of every tile, one after the other
+    for qb,kb,vb,ob,lseb,safeb in _steps(0, tb, q, k.mT, v.mT, o, lse, safe):     # b: some images
         tiles = list(_steps(2, tc, kb, vb))
-        for qt,ot,lset,safet in _steps(1, tr, qb, ob, lseb, safeb):
+        for qt,ot,lset,safet in _steps(1, tr, qb, ob, lseb, safeb):     # t: some of their query pixels, below with some keys
             top = None
-            if not safet.all():
+            if not safet.all():     # a first walk for the largest logit of each row
                 for kt,_ in tiles:
                     tile_top = _product(qt, kt, block).amax(-1, keepdim=True)
                     top = tile_top if top is None else torch.maximum(top, tile_top)
-            acc,total = ot if len(tiles) == 1 else ot.new_empty(ot.shape),0
+            total = 0
+            acc = ot if len(tiles) == 1 else ot.new_empty(ot.shape)     # `ot` may have gaps: sum beside it
             for i,(kt,vt) in enumerate(tiles):
                 p = _product(qt, kt, block)
                 if top is not None: p.sub_(top)
-                total = total + p.exp2_().sum(-1, keepdim=True)
+                total = total + p.exp2_().sum(-1, keepdim=True)     # what `acc` is divided by in the end
                 _accumulate(acc, p, vt.mT, i==0)
             torch.div(acc, total, out=ot)
             torch.log2(total, out=lset)
-            if top is not None: lset.add_(top)
+            if top is not None: lset.add_(top)     # `total` was of 2^(logit-top)
     return o.to(dtype),lse
 
 @_attend.register_fake
@@ -105,26 +106,31 @@ def _attend_grad(q:Tensor, k:Tensor, v:Tensor, o:Tensor, lse:Tensor, do:Tensor, 
     dtypes,dv = (q.dtype,k.dtype,v.dtype),_rows_like(v, v.shape[1], _precise(v))
     q,k,v = _prepare(q, k, v, scale)
     do = do.to(q.dtype)
-    delta = (do*o).sum(-1)[:,None]
-    dq,dk = torch.zeros_like(q.mT, memory_format=torch.contiguous_format),torch.empty_like(k.mT, memory_format=torch.contiguous_format)
-    k1,q1 = torch.cat([k, torch.ones_like(k[...,:1])], 2),torch.cat([q.mT, -lse.mT], 1)
+    delta = (do*o).sum(-1)[:,None]     # without a walk over `beta`
+    dq = torch.zeros_like(q.mT, memory_format=torch.contiguous_format)     # (bs, d, nq): narrow products are faster so
+    dk = torch.empty_like(k.mT, memory_format=torch.contiguous_format)
+    k1 = torch.cat([k, torch.ones_like(k[...,:1])], 2)
+    q1 = torch.cat([q.mT, -lse.mT], 1)     # so `k1 @ q1` is the logits, `lse` taken off: the log of `beta`, keys as rows
     tb,tr,tc = size = _tile(q.shape[0], k.shape[1], q.shape[1])
     block_p,block_ds = q.new_empty(2, math.prod(size))
     for q1b,dob,deltab,dqb,k1b,kb,vb,dkb,dvb in _steps(0, tb, q1, do.mT, delta, dq, k1, k.mT.contiguous(), v, dk, dv):
         tiles = list(_steps(2, tc, q1b, dob, deltab, dqb))
         for k1t,kt,vt,dkt,dvt in zip(k1b.split(tr, 1), kb.split(tr, 2), vb.split(tr, 1), dkb.split(tr, 2), dvb.split(tr, 1)):
-            dk_acc,dv_acc = (dkt,dvt) if len(tiles) == 1 else (dkt.new_empty(dkt.shape),dvt.new_empty(dvt.shape))
+            if len(tiles) == 1: dk_acc,dv_acc = dkt,dvt
+            else: dk_acc,dv_acc = dkt.new_empty(dkt.shape),dvt.new_empty(dvt.shape)     # as in the forward pass
             for i,(q1t,dot,deltat,dqt) in enumerate(tiles):
                 p = _product(k1t, q1t, block_p).exp2_()
-                ds = _product(vt, dot, block_ds).sub_(deltat).mul_(p)
+                ds = _product(vt, dot, block_ds).sub_(deltat).mul_(p)     # dS = P * (dP - delta)
                 _accumulate(dv_acc, p, dot.mT, i==0)
-                _accumulate(dk_acc, q1t[:,:-1], ds.mT, i==0)
-                dqt.baddbmm_(kt, ds)
+                _accumulate(dk_acc, q1t[:,:-1], ds.mT, i==0)     # without the channel of `lse`
+                dqt.baddbmm_(kt, ds)     # centred keys will do: over all keys, `ds` sums to 0
             if len(tiles) > 1: dkt.copy_(dk_acc), dvt.copy_(dv_acc)
-    return tuple(t.to(dtype) for t,dtype in zip((dq.mul_(scale).mT, dk.div_(_LOG2E).mT, dv), dtypes))
+    dq.mul_(scale),dk.div_(_LOG2E)     # `q` came times scale * log2 e: `dq` lacks the scale, `dk` has log2 e too much
+    return tuple(t.to(dtype) for t,dtype in zip((dq.mT, dk.mT, dv), dtypes))
 
 @_attend_grad.register_fake
-def _(q, k, v, o, lse, do, scale): return tuple(torch.empty_like(t.mT, memory_format=torch.contiguous_format).mT for t in (q,k)) + (_rows_like(v, v.shape[1]),)
+def _(q, k, v, o, lse, do, scale):
+    return *(torch.empty_like(t.mT, memory_format=torch.contiguous_format).mT for t in (q,k)),_rows_like(v, v.shape[1])
 
 # %% ../../nbs/api/attention/ops.ipynb #e19cc4dd
 def _attend_grad_grad(q, k, v, do, gq, gk, gv, scale):
@@ -133,13 +139,17 @@ def _attend_grad_grad(q, k, v, do, gq, gk, gv, scale):
     q,k,v,do,gq,gk,gv = (t.to(_precise(t)) for t in (q,k,v,do,gq,gk,gv))
     dq,dk,dv,ddo = [],0,0,[]
     for qt,dot,gqt in _steps(1, max(1, _ROWS*_COLS // k.shape[1]), q, do, gq):
-        p,dp,a = (scale*(qt@k.mT)).softmax(-1),dot@v.mT,scale*(gqt@k.mT + qt@gk.mT)
+        p = (scale*(qt@k.mT)).softmax(-1)
+        dp = dot@v.mT
+        a = scale*(gqt@k.mT + qt@gk.mT)     # what reaches `ds`, through dQ = dS K and dK = dS^T Q
         delta,pa = (p*dp).sum(-1, keepdim=True),(p*a).sum(-1, keepdim=True)
-        to_p,to_dp,ds = a*(dp-delta) - pa*dp + dot@gv.mT,p*(a-pa),p*(dp-delta)
+        ds,to_dp = p*(dp-delta),p*(a-pa)     # the same there and back: a softmax has a symmetric Jacobian
+        to_p = a*(dp-delta) - pa*dp + dot@gv.mT     # through `ds`, through `delta` and through dV = P^T dO
         to_s = p*(to_p - (p*to_p).sum(-1, keepdim=True))
         dq.append(scale*(to_s@k + ds@gk))
         ddo.append(to_dp@v + p@gv)
-        dk,dv = dk + scale*(to_s.mT@qt + ds.mT@gqt),dv + to_dp.mT@dot
+        dk = dk + scale*(to_s.mT@qt + ds.mT@gqt)     # every step adds to all keys and values
+        dv = dv + to_dp.mT@dot
     return [t.to(dtype) for t,dtype in zip((torch.cat(dq, 1), dk, dv, torch.cat(ddo, 1)), dtypes)]
 
 # %% ../../nbs/api/attention/ops.ipynb #c927a709
@@ -189,20 +199,19 @@ class _AttendGrad(Function):
 
 # %% ../../nbs/api/attention/ops.ipynb #252b8ba3
 def _math(q, k, v, scale):
-    dtype = v.dtype
-    q,k,v = (t.to(_precise(t)) for t in (q,k,v))
-    o = (scale*q@k.mT).softmax(-1) @ v if v.stride(-1) == 1 else (v.mT @ (k@(scale*q).mT).softmax(1)).mT
-    return o.to(dtype)
+    q,k,w = (t.to(_precise(t)) for t in (q,k,v))
+    o = (scale*q@k.mT).softmax(-1) @ w if w.stride(-1) == 1 else (w.mT @ (k@(scale*q).mT).softmax(1)).mT
+    return o.to(v.dtype)
 
 def _tiled(q, k, v, scale):
     if torch.compiler.is_compiling(): return _Attend.apply(q, k, v, scale)[0]
     try: return _Attend.apply(q, k, v, scale)[0]
     except NotImplementedError as e:     # forward-mode derivatives, the one thing that a `Function` without `jvp` lacks
-        raise NotImplementedError("tiled attention has no forward-mode derivative: use reverse mode (`torch.func.grad`, `jacrev`), or `attention_backend('math')`") from e
+        raise NotImplementedError("tiled attention has no forward-mode derivative: "
+                                  "use reverse mode (`torch.func.grad`, `jacrev`), or `attention_backend('math')`") from e
 
 def _sdpa(q, k, v, scale): return F.scaled_dot_product_attention(q[:,None], k[:,None], v[:,None], scale=scale)[:,0]
 
-# %% ../../nbs/api/attention/ops.ipynb #010107a2
 def _auto(q, k, v, scale):
     if exporting(): return _math(q, k, v, scale)
     bs,nq,nk,dv = *q.shape[:2],*v.shape[1:]
@@ -225,28 +234,25 @@ def attention_backend(
 
 # %% ../../nbs/api/attention/ops.ipynb #3bfa46b8
 def _check(**tensors):
-    "Raise unless all are (bs, n, channels) floating point tensors of one dtype, device and batch size"
+    "Raise unless all are (bs, n, channels) floating point tensors of one dtype, device and batch size, that fit each other"
     for name,t in tensors.items():
         if not isinstance(t, Tensor): raise TypeError(f"`{name}` must be a tensor, got {type(t).__name__}")
         if t.dim() != 3: raise ValueError(f"`{name}` must be (bs, n, channels), got {t.dim()} dimensions, shape {tuple(t.shape)}: "
                                           "flatten a feature map with `x.flatten(2).mT`")
-        if t.is_complex(): raise TypeError(f"`{name}` must be real, got {t.dtype}: a softmax needs ordered numbers; pass e.g. `torch.view_as_real({name}).flatten(2)`")
+        if t.is_complex(): raise TypeError(f"`{name}` must be real, got {t.dtype}: a softmax needs ordered numbers; "
+                                          f"pass e.g. `torch.view_as_real({name}).flatten(2)`")
         if not t.is_floating_point(): raise TypeError(f"`{name}` must be floating point, got {t.dtype}: convert it, e.g. with `.float()`")
     for what,got in dict(dtype=[t.dtype for t in tensors.values()], device=[t.device for t in tensors.values()]).items():
         if len(set(got)) > 1: raise TypeError(f"{', '.join(tensors)} must share one {what}, got {', '.join(map(str, got))}")
-    if any(t.shape[0] != tensors['q'].shape[0] for t in tensors.values()):
+    q,k,v = tensors['q'],tensors['k'],tensors.get('v', tensors['k'])
+    if any(t.shape[0] != q.shape[0] for t in tensors.values()):
         raise ValueError(f"{', '.join(tensors)} must have one batch size, got {[t.shape[0] for t in tensors.values()]}")
-    if tensors['q'].shape[2] != tensors['k'].shape[2]:
-        raise ValueError(f"`q` and `k` must have the same channels, got {tensors['q'].shape[2]} and {tensors['k'].shape[2]}")
-    if tensors['k'].shape[1] == 0: raise ValueError("`k` is empty: a query pixel needs at least one pixel to attend to")
+    if q.shape[2] != k.shape[2]: raise ValueError(f"`q` and `k` must have the same channels, got {q.shape[2]} and {k.shape[2]}")
+    if k.shape[1] == 0: raise ValueError("`k` is empty: a query pixel needs at least one pixel to attend to")
+    if k.shape[1] != v.shape[1]:
+        raise ValueError(f"`k` and `v` must have one row a pixel each, got {k.shape[1]} and {v.shape[1]} rows")
     plain = torch.compiler.is_compiling()     # a tensor that is being traced is a subclass too, and has to stay one
     return [t if plain or type(t) is Tensor else t.as_subclass(Tensor) for t in tensors.values()]
-
-# %% ../../nbs/api/attention/ops.ipynb #05edee2e
-def _check_qkv(q, k, v):
-    q,k,v = _check(q=q, k=k, v=v)
-    if k.shape[1] != v.shape[1]: raise ValueError(f"`k` and `v` must have one row a pixel each, got {k.shape[1]} and {v.shape[1]} rows")
-    return q,k,v
 
 def attend(
     q:Tensor, # (bs, nq, d) query vectors
@@ -255,7 +261,7 @@ def attend(
     scale:float=1., # factor on the logits `q @ k.mT`; SAGAN has none
 )->Tensor: # (bs, nq, dv) in the dtype of the inputs; computed in float32 at least
     "Exact softmax attention, of large maps without ever holding nq x nk; `TypeError`/`ValueError` on unfit inputs (SAGAN, eq. 1)"
-    q,k,v = _check_qkv(q, k, v)
+    q,k,v = _check(q=q, k=k, v=v)
     with torch.autocast(q.device.type, enabled=False): return _backends[_backend](q, k, v, float(scale))
 
 # %% ../../nbs/api/attention/ops.ipynb #112c4400
@@ -265,8 +271,8 @@ def dot_attend(
     v:Tensor, # (bs, nk, dv) value vectors
     scale:float=1., # factor on the weights, e.g. 1/nk for the non-local block
 )->Tensor: # (bs, nq, dv) in the dtype of the inputs; computed in float32 at least
-    "Attention whose weights are `scale * q @ k.mT` without a softmax, in the cheaper order of products; `TypeError`/`ValueError` on unfit inputs"
-    q,k,v = _check_qkv(q, k, v)
+    "Attention with weights `scale * q @ k.mT` (no softmax), in the cheaper order of products; `TypeError`/`ValueError` on unfit inputs"
+    q,k,v = _check(q=q, k=k, v=v)
     (_,nq,d),(_,nk,dv) = q.shape,v.shape
     with torch.autocast(q.device.type, enabled=False):
         qs,k,w = (t.to(_precise(t)) for t in (q,k,v))
@@ -282,7 +288,8 @@ def _check_rows(rows, nq, device):
     try: t = torch.as_tensor(rows, device=device)
     except (TypeError,ValueError,RuntimeError) as e: raise TypeError(f"`rows` must be a list of pixel indices, got {rows!r}") from e
     if t.dim() != 1: raise ValueError(f"`rows` must be a list of pixel indices, got shape {tuple(t.shape)}")
-    if t.numel() and (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool): raise TypeError(f"`rows` must be whole numbers, got {t.dtype}")
+    if t.numel() and (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool):
+        raise TypeError(f"`rows` must be whole numbers, got {t.dtype}")
     if t.numel() and not (0 <= t.min() and t.max() < nq):
         raise ValueError(f"`rows` must lie in 0..{nq-1}, the query pixels there are; got {t.tolist()}")
     return t.long()
@@ -323,7 +330,8 @@ def attention_stats(
     q,k = _check(q=q, k=k)
     (bs,nq,_),nk,dt = q.shape,k.shape[1],_precise(q)
     if len(q_at) != nq or len(k_at) != nk or q_at.shape[1:] != k_at.shape[1:]:
-        raise ValueError(f"`q_at` and `k_at` must be ({nq}, dims) and ({nk}, dims), a position for each pixel; got {tuple(q_at.shape)} and {tuple(k_at.shape)}")
+        raise ValueError(f"`q_at` and `k_at` must be ({nq}, dims) and ({nk}, dims), a position for each pixel; "
+                         f"got {tuple(q_at.shape)} and {tuple(k_at.shape)}")
     if len(own) != nq: raise ValueError(f"`own` must have an index for each of the {nq} query pixels, got {len(own)}")
     own,(q_at,k_at) = _check_rows(own, nk, q.device),(t.to(q.device, dt) for t in (q_at,k_at))
     out = q.new_empty(len(AttentionStats._fields), bs, nq, dtype=dt)

@@ -33,12 +33,15 @@ def _bare(module, ndim):
     conv = module[0] if isinstance(module, nn.Sequential) and len(module) == 1 else module
     if not isinstance(conv, (nn.Conv1d,nn.Conv2d)) or len(conv.kernel_size) != ndim:
         raise ValueError(f"its {type(conv).__name__} is not a conv of {ndim} dimension{'s'*(ndim > 1)}")
-    if min(conv.in_channels, conv.out_channels) < 1: raise ValueError(f"its conv has {conv.in_channels} channels in and {conv.out_channels} out")
+    if min(conv.in_channels, conv.out_channels) < 1:
+        raise ValueError(f"its conv has {conv.in_channels} channels in and {conv.out_channels} out")
     if conv.bias is not None or conv.groups != 1 or max(conv.stride) > 1 or max(conv.dilation) > 1:
         raise ValueError("its conv has a bias, groups, a stride or a dilation")
     return conv
 
-_kinds = {('conv',):(SimpleSelfAttention,1), ('key','query','value'):(SelfAttention,1), ('key','out','query','value'):(PooledSelfAttention2d,2)}
+# names of the parts -> our class, and the dimensions of its convs
+_kinds = {('conv',):(SimpleSelfAttention,1), ('key','query','value'):(SelfAttention,1),
+          ('key','out','query','value'):(PooledSelfAttention2d,2)}
 
 def _new(cls, conv):
     "A layer of class `cls` as its first conv says"
@@ -73,7 +76,7 @@ def _own_weights(ours, settled=True):
 
 def take_over(
     layer:nn.Module, # fastai's `SelfAttention`, `PooledSelfAttention2d` or `SimpleSelfAttention`, or a copy of one
-    settled:bool=True, # keep the singular vectors as they are; False to settle them before the first forward pass, for a layer that was never trained
+    settled:bool=True, # keep the singular vectors; False, for a layer never trained, settles them before the first forward pass
 )->nn.Module: # our layer with the very parts, gamma and modes of `layer`, which gives what it gave
     "Our layer on the parts of `layer`; `ValueError` that says what does not fit"
     ours = _on_parts_of(layer)
@@ -129,9 +132,11 @@ def _ours_for(layer):
     except Exception:     # it may have float32 written in it
         try: difference,tol = _difference(layer, torch.float32),1e-3
         except Exception as e: raise ValueError(f"it cannot be copied, or does not run on a small map: {type(e).__name__}: {e}") from e
-    if not difference <= tol: raise ValueError(f"it gives other results than {type(ours).__name__}, different by {difference:.1g} of the largest value")
+    if not difference <= tol:
+        raise ValueError(f"it gives other results than {type(ours).__name__}, different by {difference:.1g} of the largest value")
     if hasattr(layer, 'attention_place'): ours.attention_place = layer.attention_place
-    for name in (n for n in vars(layer) if '_hook' in n): setattr(ours, name, getattr(layer, name))     # the very dicts, so that handles still work
+    for name in (n for n in vars(layer) if '_hook' in n):
+        setattr(ours, name, getattr(layer, name))     # the very dicts, so that handles still work
     return ours
 
 # %% ../../nbs/api/placement/upgrade.ipynb #a40ddf57
@@ -143,7 +148,7 @@ class Upgrade(NamedTuple):
 def upgrade_attention(
     model:nn.Module|Learner, # changed in place
 )->Upgrade: # what was changed and what was left alone; it is printed too
-    "Put our layers in the places of fastai's, and of copies of these, with the same parameters and results; `ValueError` if `model` itself is such a layer"
+    "Put ours in the places of fastai's layers and of copies, with the same parameters and results; `ValueError` if `model` itself is one"
     learn = model if isinstance(model, Learner) else None
     if learn: model = learn.model
     if not isinstance(model, nn.Module): raise TypeError(f"`model` must be an nn.Module or a Learner, got {type(model).__name__}")
@@ -155,7 +160,9 @@ def upgrade_attention(
             try: found[path] = m,_ours_for(m)
             except ValueError as e: left[path] = f'{type(m).__name__}: {e}'
             else: within = f'{path}.'
-    if '' in found: raise ValueError(f"`model` itself is a {type(model).__name__}, and its place is outside of it: put it into an `nn.Sequential`, or call `take_over`")
+    if '' in found:
+        raise ValueError(f"`model` itself is a {type(model).__name__}, and its place is outside of it: "
+                         "put it into an `nn.Sequential`, or call `take_over`")
     new = {id(theirs):ours for theirs,ours in found.values()}
     with ExitStack() as undo:
         for parent in list(model.modules()):
@@ -170,7 +177,8 @@ def upgrade_attention(
                     undo.callback(setattr, h, 'module', h.module)
                     h.module = weakref.ref(ours)
         res = Upgrade({path:type(ours).__name__ for path,(_,ours) in found.items()}, {p:why for p,why in left.items() if p})
-        lines = [f'{p}: now {c} of this package' for p,c in res.upgraded.items()] + [f'{p}: left alone, {why}' for p,why in res.left.items()]
+        lines = [f'{p}: now {c} of this package' for p,c in res.upgraded.items()]
+        lines += [f'{p}: left alone, {why}' for p,why in res.left.items()]
         print('\n'.join(lines or [f'Nothing to upgrade in this {type(model).__name__}']))
         undo.pop_all()
     return res

@@ -98,5 +98,6 @@ def receptive_field(
     point, = place_points('center' if point is None else check_points([point]), size, 0)
     with torch.inference_mode(False), eagerly(), _skips_kept(model):
         with unchanged(model): on,channels = _energy(model, x, point, channel, module)
-        with unchanged(model), attention_off(model, layers): off,_ = _energy(model, x, point, channels, module)     # the same random numbers
+        with unchanged(model), attention_off(model, layers):     # the same random numbers
+            off,_ = _energy(model, x, point, channels, module)
     return ReceptiveField(on, off, _area(on, share), _area(off, share), share, point)

@@ -76,7 +76,7 @@ class GammaLogger(Callback):
 
     @property
     def history(self)->pd.DataFrame:
-        "A row for each logged step: `step` (0 is before training), `epoch` (as a fraction), and of each layer gamma, its gradient (none where no step was made) and the change of the features"
+        "Logged steps: `step` (0: before training), `epoch` (fraction), each layer's gamma, its gradient (if any), change of the features"
         kinds = {k:i for i,k in enumerate(('step','epoch','gamma','grad','change'))}
         columns = dict.fromkeys(c for row in self._rows for c in row)
         return pd.DataFrame(self._rows, columns=sorted(columns, key=lambda c: kinds.get(c.split('_')[0], len(kinds))))
