@@ -121,6 +121,7 @@ def remove_attention(self:Learner,
     "`insert.remove_attention` from this Learner's model and optimizer"
     return _remove_attention(self, where, max_side, side)
 
+# %% ../nbs/api/learner.ipynb #adfbd458
 @patch
 def attention_status(self:Learner)->AttentionStatus: # a table that prints and displays
     "`kinds.attention_status` of this Learner's model"

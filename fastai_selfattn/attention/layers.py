@@ -115,30 +115,35 @@ class SelfAttention(_Attention):
 
     def _inner_channels(self, n_channels, d): return None     # channels of the values where an output conv follows
 
-    def forward(self,
-        x:Tensor, # (bs, n_channels, ...) feature map
-    )->Tensor: # `gamma*o + x`, in the shape and memory format of `x`
-        "`ValueError`/`TypeError` on any other shape or dtype"
-        self._check(x)
-        q,k,v = self._projected(x, self._asks, self._answers, 'value')
-        q,k = self._compared(q, k, x.shape[2:])
-        v = _rows(_pooled(v, self.pool, x.shape[2:]), self.heads)
-        o = attend(q, k, v) if self.softmax else dot_attend(q, k, v, 1/k.shape[1])
-        o = o.mT.unflatten(0, (x.shape[0],self.heads)).flatten(1, 2)
-        if hasattr(self, 'out'): o = self.out(o.unflatten(2, x.shape[2:]) if self._ndim == 2 else o)
-        return x + self.gamma*o.reshape(x.shape)
+# %% ../../nbs/api/attention/layers.ipynb #9c0d2704
+@patch
+def _projected(self:SelfAttention, x, *names):
+    "What the convs `names` make of the map `x`, each (bs, channels, n)"
+    given = x if self._ndim == 2 else x.flatten(2)
+    return [getattr(self, name)(given).flatten(2) for name in names]
 
-    def _compared(self, q, k, size):
-        "What the convs made, over a map of `size`, as the rows whose dot products are the logits, each (bs*heads, n, d)"
-        q,k = _rows(q, self.heads),_rows(_pooled(k, self.pool, size), self.heads)
-        if self.unit: q,k = _unit(q),_unit(k)
-        if self.learn_scale: return q*self.log_scale.exp().to(q.dtype),k
-        return (q if self.scale == 1 else q*self.scale),k
+@patch
+def _compared(self:SelfAttention, q, k, size):
+    "What the convs made, over a map of `size`, as the rows whose dot products are the logits, each (bs*heads, n, d)"
+    q,k = _rows(q, self.heads),_rows(_pooled(k, self.pool, size), self.heads)
+    if self.unit: q,k = _unit(q),_unit(k)
+    if self.learn_scale: return q*self.log_scale.exp().to(q.dtype),k
+    return (q if self.scale == 1 else q*self.scale),k
 
-    def _projected(self, x, *names):
-        "What the convs `names` make of the map `x`, each (bs, channels, n)"
-        given = x if self._ndim == 2 else x.flatten(2)
-        return [getattr(self, name)(given).flatten(2) for name in names]
+# %% ../../nbs/api/attention/layers.ipynb #548596db
+@patch
+def forward(self:SelfAttention,
+    x:Tensor, # (bs, n_channels, ...) feature map
+)->Tensor: # `gamma*o + x`, in the shape and memory format of `x`
+    "`ValueError`/`TypeError` on any other shape or dtype"
+    self._check(x)
+    q,k,v = self._projected(x, self._asks, self._answers, 'value')
+    q,k = self._compared(q, k, x.shape[2:])
+    v = _rows(_pooled(v, self.pool, x.shape[2:]), self.heads)
+    o = attend(q, k, v) if self.softmax else dot_attend(q, k, v, 1/k.shape[1])
+    o = o.mT.unflatten(0, (x.shape[0],self.heads)).flatten(1, 2)
+    if hasattr(self, 'out'): o = self.out(o.unflatten(2, x.shape[2:]) if self._ndim == 2 else o)
+    return x + self.gamma*o.reshape(x.shape)
 
 # %% ../../nbs/api/attention/layers.ipynb #11acb445
 class PooledSelfAttention2d(SelfAttention):

@@ -141,6 +141,7 @@ def _norm_of(conv):
     if norms[0].n_power_iterations != 1: raise ValueError(f"its spectral norm takes {norms[0].n_power_iterations} steps at once")
     return NormType.Spectral
 
+# %% ../../nbs/api/attention/norms.ipynb #b2e8abba
 def _register(conv, tensors):
     for name,t in tensors.items():
         if isinstance(t, nn.Parameter): conv.register_parameter(name, t)
@@ -166,6 +167,7 @@ def _undo(conv):
             v.update(before)
     return undo
 
+# %% ../../nbs/api/attention/norms.ipynb #4dda2e11
 def without_hook(
     conv:nn.Module, # a conv of PyTorch's, with the hook of a spectral or weight norm, or with none
     settled:bool=False, # its singular vectors are good as they are

@@ -37,10 +37,12 @@ def attention_uniform(
     model:nn.Module|Learner, # any model with attention layers, or a Learner
     layers:str|Sequence[str]=None, # names or patterns of layers; all if None
 )->Iterator[nn.Module]: # the model
-    "Every pixel attends to all alike inside the `with` block; `ValueError` as `choose_layers`, and for layers without a softmax of products"
+    "Every pixel attends to all alike inside the `with` block; `ValueError` as `choose_layers`, and without a softmax of products"
     chosen = choose_layers(model, layers)
     left = [f'{path} ({type(m).__name__})' for path,m in chosen.items() if not _has_softmax(m)]
-    if left: raise ValueError(f"maps of {', '.join(left)} are no softmax of products and cannot be made uniform: name the other layers in `layers`")
+    if left:
+        raise ValueError(f"maps of {', '.join(left)} are no softmax of products and cannot be made uniform: "
+                         "name the other layers in `layers`")
     with ExitStack() as stack:
         stack.enter_context(eagerly())
         for m in chosen.values(): stack.callback(m.query.register_forward_hook(_zeros).remove)

@@ -126,7 +126,7 @@ def swatch_example(
     seed:int, # another seed is another picture
     form:str='flat', # 'flat' surfaces, or rendered 'rooms'
     size:int=40, # side in pixels
-)->SwatchExample: # picture and target, uint8 (size, size, 3); number of the paint, int8, -1 where no swatch tells it; where a swatch is, bool
+)->SwatchExample: # picture and target, uint8 (size, size, 3); number of the paint, int8, -1 without a swatch; where a swatch is, bool
     "A picture to paint by swatch, and what it is to become; `ValueError`/`TypeError` unless there can be one"
     if form not in ('flat','rooms'): raise ValueError(f"`form` must be 'flat' or 'rooms', got {form!r}")
     return _example(*check_whole(0, seed=seed), form, *check_whole(16, 'pixels', size=size))
@@ -188,7 +188,7 @@ class MarkColour(nn.Module):
     def forward(self, x): return torch.cat([x, swatch_mask(x)[:,None].to(x.dtype)], 1)
 
 class SwatchNet(nn.Module):
-    "Pictures (bs, 3, h, w) to painted pictures (bs, 3, h, w), by convs that see about 8 pixels to each side; attention can go behind `middle`"
+    "Pictures (bs, 3, h, w) to painted pictures (bs, 3, h, w), by convs that see 8 pixels to each side; attention goes behind `middle`"
     def __init__(self,
         c:int=48, # channels of the middle, even
     ):
@@ -212,7 +212,8 @@ def swatch_learner(
     **layer_args, # for `layer`, such as `gamma=1.`
 )->Learner: # with PSNR; with a `GammaLogger` if it has attention
     "A `SwatchNet` to train, with attention or without; `TypeError` for options of a layer that is not wanted"
-    if layer_args and not self_attention: raise TypeError(f"{', '.join(layer_args)}: options of attention, but `self_attention` is {self_attention}")
+    if layer_args and not self_attention:
+        raise TypeError(f"{', '.join(layer_args)}: options of attention, but `self_attention` is {self_attention}")
     model = SwatchNet()
     if self_attention: model.middle.append(layer(48, **layer_args))
     return Learner(dls, model, loss_func=MSELossFlat(), metrics=SwatchPSNR(), cbs=[GammaLogger()] if self_attention else [])
@@ -235,7 +236,7 @@ def _distance(e):
 def swatch_errors(
     model:nn.Module|Learner, # from pictures to painted pictures
     examples:Sequence[SwatchExample], # of one size
-)->pd.DataFrame: # `picture` by its place among `examples`, `paints` in it, `distance` to the middle of the own swatch, NaN where there is none, `mse`
+)->pd.DataFrame: # `picture` by its place among `examples`, `paints` in it, `distance` to the own swatch's middle, NaN if none, `mse`
     "A row for each pixel that no swatch shows, with its squared error"
     model,_ = model_and_learner(model)
     device = next(model.parameters()).device
@@ -244,7 +245,8 @@ def swatch_errors(
         x,y = (_as_batch([e], part).to(device) for part in ('picture','target'))
         with eval_mode(model): mse = (model(x) - y).square().mean(1)[0].cpu().numpy()
         hidden = ~e.swatch
-        tables.append(pd.DataFrame(dict(picture=i, paints=len(np.unique(e.paint[e.swatch])), distance=_distance(e)[hidden], mse=mse[hidden])))
+        paints = len(np.unique(e.paint[e.swatch]))
+        tables.append(pd.DataFrame(dict(picture=i, paints=paints, distance=_distance(e)[hidden], mse=mse[hidden])))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/api/walls/swatches.ipynb #08a05ce6
@@ -258,7 +260,7 @@ def weight_on(
 
 # %% ../../nbs/api/walls/swatches.ipynb #ca458413
 def _marked(maps, e):
-    "Means over the query pixels that have a swatch of the weight on it and on their paint, and of what even maps have: maps (mh, mw, kh, kw)"
+    "Means over query pixels with a swatch of the weight on it and on their paint, and of what even maps have: maps (mh, mw, kh, kw)"
     rows,cols = ((2*np.arange(n)+1)*side//(2*n) for n,side in zip(maps.shape, e.paint.shape))     # the middles of the cells
     asking = e.paint[rows[:,None],cols]
     even = torch.full_like(maps[0,0], 1/maps[0,0].numel())
@@ -274,7 +276,7 @@ def swatch_weights(
     examples:Sequence[SwatchExample], # of one size
     layers:str|Sequence[str]=None, # names or patterns of layers; all if None
 )->pd.DataFrame: # a row a layer and picture
-    "How much of the weight of attention lies on the own swatch and on the own paint, and how much even maps would have there; `ValueError` as `AttentionRecorder`"
+    "Weight of attention on the own swatch and the own paint, and what even maps would have there; `ValueError` as `AttentionRecorder`"
     model,_ = model_and_learner(model)
     device = next(model.parameters()).device
     rows = []
