@@ -97,6 +97,7 @@ def receptive_field(
     x,size = x.as_subclass(Tensor),tuple(x.shape[2:])
     point, = place_points('center' if point is None else check_points([point]), size, 0)
     with torch.inference_mode(False), eagerly(), _skips_kept(model):
+        # each pass by itself, so that both draw the same random numbers
         with unchanged(model): on,channels = _energy(model, x, point, channel, module)
-        with unchanged(model), attention_off(model, layers): off,_ = _energy(model, x, point, channels, module)     # the same random numbers
+        with unchanged(model), attention_off(model, layers): off,_ = _energy(model, x, point, channels, module)
     return ReceptiveField(on, off, _area(on, share), _area(off, share), share, point)

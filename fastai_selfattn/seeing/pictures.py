@@ -53,7 +53,8 @@ def _batch(dls, items, max_n):
         got = one_batch(dls)
         if not (got and max_n): raise _none(items, max_n)
         return range(max_n),dls.valid,[got[0][0][:max_n]]
-    if isinstance(items, Tensor): return items,dls.valid,[items.as_subclass(TensorImage)]     # `TensorImage(items)` would make float64 float32
+    # `TensorImage(items)` would make float64 float32
+    if isinstance(items, Tensor): return items,dls.valid,[items.as_subclass(TensorImage)]
     shown = dls.valid_ds.items[:max_n] if items is None else items
     if not len(shown): raise _none(items, max_n)
     for o in shown:
