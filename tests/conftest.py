@@ -47,6 +47,11 @@ SLOW = {'compiles, or exports to another format': r'compil|onnx|tensorboard|weig
         'proves derivatives in double precision': r'gradcheck',
         'runs a whole page': r'test_notebooks'}
 
+def pytest_addoption(parser, pluginmanager):
+    "`pytest -p no:xdist`, for a debugger say, runs in one process: the options of pytest-xdist in pyproject.toml mean nothing then"
+    if pluginmanager.hasplugin('xdist'): return
+    for option in ('--numprocesses', '--dist'): parser.addoption(option, help='of pytest-xdist, which is not in use')
+
 def pytest_collection_modifyitems(items):
     for item in items:
         name = f'{item.path.stem}::{item.name}'

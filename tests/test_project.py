@@ -111,16 +111,25 @@ def test_wheel_metadata(wheel):
     assert sorted(r for r in requires if not r.endswith('extra == "dev"')) == sorted(lines('requirements'))
 
 def test_installed_modules_import(installed):
+    "Each module of the tree is in the wheel, imports alone from there, and there is no other"
     code = f'''
 import sys; sys.path.insert(0, {str(installed)!r})
 import importlib, pkgutil, fastai_selfattn
-for m in pkgutil.walk_packages(fastai_selfattn.__path__, 'fastai_selfattn.'):
-    file = importlib.import_module(m.name).__file__
+found = [fastai_selfattn.__name__, *(m.name for m in pkgutil.walk_packages(fastai_selfattn.__path__, 'fastai_selfattn.'))]
+for name in found:
+    for loaded in [m for m in sys.modules if m.split('.')[0] == 'fastai_selfattn']: del sys.modules[loaded]
+    file = importlib.import_module(name).__file__
     assert file.startswith({str(installed)!r}), file
-    print(m.name)
+    print(name)
 '''
-    imported = set(run(sys.executable, '-I', '-c', code, cwd=installed).split())
-    assert {f'fastai_selfattn.{p.stem}' for p in (root/'fastai_selfattn').glob('*.py')} - imported == {'fastai_selfattn.__init__'}
+    files = [f for f in project_files() if f.startswith('fastai_selfattn/') and f.endswith('.py')]
+    tree = {f.removesuffix('.py').removesuffix('/__init__').replace('/', '.') for f in files}
+    assert set(run(sys.executable, '-I', '-W', 'ignore', '-c', code, cwd=installed).split()) == tree and 'fastai_selfattn.walls.rooms' in tree
+
+def test_processes_are_one_without_xdist():
+    "`pytest -p no:xdist` starts, whatever pyproject.toml says of xdist's options"
+    out = run(sys.executable, '-m', 'pytest', '-p', 'no:xdist', '-p', 'no:cacheprovider', '-q', 'tests/test_project.py', '-k', 'facts_that_stand', cwd=root)
+    assert '1 passed' in out
 
 def test_entry_points(installed):
     dist, = importlib.metadata.distributions(path=[str(installed)])
