@@ -19,6 +19,7 @@ from fastcore.basics import patch
 
 from ..attention.kinds import attention_layers, gamma_of, one_number, short_names
 from ..quiet import check_whole
+from .effect import change_in_words
 from .record import change_share
 
 # %% ../../nbs/api/seeing/gamma_logger.ipynb #ab5e81d8
@@ -162,3 +163,17 @@ def after_train(self:GammaLogger): self._trained = True
 @patch
 def after_validate(self:GammaLogger):
     if self._logging and self._in_table and self._trained: self.learn.recorder.log += list(self._gammas().values())
+
+# %% ../../nbs/api/seeing/gamma_logger.ipynb #b4752521
+@patch(as_prop=True)
+def in_words(self:GammaLogger)->dict[str,str]:
+    "What each attention layer did in the last epoch, by its short name: gamma and the change of the features; `ValueError` before training"
+    h = self.history
+    changes = [c for c in h.columns if c.split('_')[0] == 'change']
+    if h.empty or not changes: raise ValueError("nothing was logged yet: train first, with this `GammaLogger` among the Learner's callbacks")
+    last = h[h.epoch > h.epoch.max() - 1]
+    def words(column):
+        gamma = column.replace('change', 'gamma')
+        number = f'gamma {h[gamma].iloc[-1]:.3g}: ' if gamma in h else ''
+        return number + change_in_words(last[column].mean())
+    return {c.removeprefix('change').removeprefix('_'):words(c) for c in changes}

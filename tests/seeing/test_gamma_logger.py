@@ -1,0 +1,16 @@
+"What `GammaLogger` says in words; how it logs is tested beside the other logger."
+import pandas as pd
+import pytest
+
+from fastai_selfattn.all import GammaLogger
+
+
+def test_in_words_says_what_the_last_epoch_did():
+    logger = GammaLogger()
+    with pytest.raises(ValueError, match='train first'): logger.in_words
+    rows = [dict(step=0, epoch=0., gamma=0.), dict(step=1, epoch=.5, gamma=.5, change=.5), dict(step=2, epoch=1., gamma=.4, change=.5),
+            dict(step=3, epoch=1.5, gamma=.013, change=.004), dict(step=4, epoch=2., gamma=-.0131, change=.006)]
+    assert GammaLogger(history=pd.DataFrame(rows)).in_words == {'': 'gamma -0.0131: attention does nothing here: it changes the features by 0.5%'}
+    two = [dict(step=0, epoch=0., gamma_a=1., gamma_b=0.), dict(step=1, epoch=1., gamma_a=1.04, gamma_b=0., change_a=.3, change_b=0., change_c=.1)]
+    assert GammaLogger(history=pd.DataFrame(two)).in_words == {'a': 'gamma 1.04: attention changes the features by 30%', 'c': 'attention changes the features by 10%',
+        'b': 'gamma 0: attention does nothing here: it changes the features by 0.0%'}
