@@ -72,7 +72,7 @@ def _unit(t):
 
 def _rows(t, heads):
     "(bs, channels, n) -> (bs*heads, n, channels/heads)"
-    return t.unflatten(1, (heads,-1)).flatten(0, 1).mT
+    return t.unflatten(1, (heads,-1)).flatten(0, 1).transpose(1, 2)     # not `mT`, which the older ONNX exporter does not know
 
 def _pooled(t, pool, size):
     "(bs, channels, n) over a map of `size`, max pooled; what is left over at an odd border is a window too"
@@ -141,7 +141,7 @@ def forward(self:SelfAttention,
     q,k = self._compared(q, k, x.shape[2:])
     v = _rows(_pooled(v, self.pool, x.shape[2:]), self.heads)
     o = attend(q, k, v) if self.softmax else dot_attend(q, k, v, 1/k.shape[1])
-    o = o.mT.unflatten(0, (x.shape[0],self.heads)).flatten(1, 2)
+    o = o.transpose(1, 2).unflatten(0, (x.shape[0],self.heads)).flatten(1, 2)
     if hasattr(self, 'out'): o = self.out(o.unflatten(2, x.shape[2:]) if self._ndim == 2 else o)
     return x + self.gamma*o.reshape(x.shape)
 
@@ -239,7 +239,8 @@ class SimpleSelfAttention(_Attention):
         pixels = x.flatten(2)
         q = self._sym_conv(pixels) if self.sym else self.conv(pixels)
         q = q.to(pixels.dtype)     # under autocast the conv rounds, the map does not
-        return x + self.gamma*dot_attend(q.mT, pixels.mT, pixels.mT).mT.reshape(x.shape)
+        q,rows = q.transpose(1, 2),pixels.transpose(1, 2)
+        return x + self.gamma*dot_attend(q, rows, rows).transpose(1, 2).reshape(x.shape)
 
     def _sym_conv(self, pixels):
         if not isinstance(self.conv, nn.Conv1d):

@@ -25,7 +25,8 @@ from ..quiet import exporting
 # %% ../../nbs/api/attention/norms.ipynb #de3a7d32
 def mix(weight, x):
     "Channels of the pixels `x`, (bs, c, n), mixed by the matrix `weight`, (out, c), in the layout of `x`"
-    return F.linear(x.mT, weight).mT if x.stride(1) == 1 else F.conv1d(x, weight[...,None])
+    if x.stride(1) != 1: return F.conv1d(x, weight[...,None])
+    return F.linear(x.transpose(1, 2), weight).transpose(1, 2)
 
 class _Conv:
     "What convs of attention layers have in common: they make their own weight, and multiply pixels by it without a copy"

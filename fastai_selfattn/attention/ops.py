@@ -200,8 +200,8 @@ class _AttendGrad(Function):
 # %% ../../nbs/api/attention/ops.ipynb #252b8ba3
 def _math(q, k, v, scale):
     q,k,w = (t.to(_precise(t)) for t in (q,k,v))
-    o = (scale*q@k.mT).softmax(-1) @ w if w.stride(-1) == 1 else (w.mT @ (k@(scale*q).mT).softmax(1)).mT
-    return o.to(v.dtype)
+    if w.stride(-1) == 1: return ((scale*q@k.transpose(1, 2)).softmax(-1) @ w).to(v.dtype)     # the older ONNX exporter has no `mT`
+    return (w.transpose(1, 2) @ (k@(scale*q).transpose(1, 2)).softmax(1)).transpose(1, 2).to(v.dtype)
 
 def _tiled(q, k, v, scale):
     if torch.compiler.is_compiling(): return _Attend.apply(q, k, v, scale)[0]
@@ -213,7 +213,7 @@ def _tiled(q, k, v, scale):
 def _sdpa(q, k, v, scale): return F.scaled_dot_product_attention(q[:,None], k[:,None], v[:,None], scale=scale)[:,0]
 
 def _auto(q, k, v, scale):
-    if exporting(): return _math(q, k, v, scale)
+    if exporting() or torch.jit.is_tracing(): return _math(q, k, v, scale)     # a program must run without this package
     bs,nq,nk,dv = *q.shape[:2],*v.shape[1:]
     small = nk <= 512 and (nk <= 2*dv or bs*nq*nk <= 512*512)
     return (_math if small else _tiled)(q, k, v, scale)
@@ -275,11 +275,11 @@ def dot_attend(
     q,k,v = _check(q=q, k=k, v=v)
     (_,nq,d),(_,nk,dv) = q.shape,v.shape
     with torch.autocast(q.device.type, enabled=False):
-        qs,k,w = (t.to(_precise(t)) for t in (q,k,v))
-        qs = scale*qs
+        k,w,qs = k.to(_precise(k)),v.to(_precise(v)),scale*q.to(_precise(q))
         by_pixels = nq*nk*(d+dv) < (nq+nk)*d*dv
-        if v.stride(-1) == 1: o = (qs@k.mT)@w if by_pixels else qs@(k.mT@w)
-        else: o = (w.mT@(k@qs.mT) if by_pixels else (w.mT@k)@qs.mT).mT
+        qt,kt,wt = (t.transpose(1, 2) for t in (qs,k,w))
+        if v.stride(-1) == 1: o = (qs@kt)@w if by_pixels else qs@(kt@w)
+        else: o = (wt@(k@qt) if by_pixels else (wt@k)@qt).transpose(1, 2)
         return o.to(v.dtype)
 
 # %% ../../nbs/api/attention/ops.ipynb #28140fd0
