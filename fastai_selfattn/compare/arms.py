@@ -101,15 +101,14 @@ class Uniform:
         asks.register_forward_hook(_zero)
         return new
 
-# %% ../../nbs/api/compare/arms.ipynb #644e88a4
+# %% ../../nbs/api/compare/arms.ipynb #281d4d32
 class Arm(NamedTuple):
     "One of the things that are compared"
     name:str
     layer:Callable[...,nn.Module]|None     # as `insert_attention` takes it; None for no layer at all
-    is_control:bool                        # whether it is there only to be compared with
-    setting:str                            # in words
+    setting:str                            # what it is, in words
 
-CONTROLS = 'none','uniform','context','conv3','conv1'
+CONTROLS = 'none','uniform','context','conv3','conv1'     # the arms that are there only to be compared with
 
 def _known(layer):
     "The arms that have a name"
@@ -117,8 +116,17 @@ def _known(layer):
     large = {'context':AsLarge(GlobalContext, layer, least=2)} | {n:AsLarge(block, layer) for n,block in convs.items()}
     return {'none':None, 'attention':layer, 'uniform':Uniform(layer)} | large
 
+def _check_name(name, what, known):
+    if not isinstance(name, str) or not name or ' at ' in name:
+        raise TypeError(f"an arm needs a name, without ' at ' in it, got {name!r}: give layers of your own as {{'name': layer}}")
+    if not isinstance(what, str):
+        check_layer(what)
+        if name in known: raise ValueError(f"the name {name!r} is taken: give {describe(what)} another name")
+    elif what not in known: raise ValueError(f"no arm {what!r}: there are {', '.join(known)}, or a layer of your own as {{'name': layer}}.{did_you_mean(what, known)}")
+    elif what != name: raise ValueError(f"the arm {what!r} has that name, not {name!r}")
+
 def find_arms(
-    arms:Sequence[str]|Mapping, # names, or name -> name or layer
+    arms:Sequence[str]|Mapping, # names, or name -> the name itself or a layer
     layer:Callable[...,nn.Module], # makes the attention layers of the arm `attention`, and is the measure of others
 )->dict[str,Arm]: # name -> arm, `none` first
     "The arms that are meant; `ValueError`/`TypeError` if that is unclear"
@@ -127,13 +135,8 @@ def find_arms(
     given = {'none':'none'} | (dict(arms) if isinstance(arms, Mapping) else {a:a for a in arms})
     found = {}
     for name,what in given.items():
-        if not isinstance(name, str) or not name: raise TypeError(f"an arm needs a name, got {name!r}: give layers of your own as {{'name': layer}}")
-        if isinstance(what, str) and what not in known:
-            raise ValueError(f"no arm {what!r}: there are {', '.join(known)}, or a layer of your own as {{'name': layer}}.{did_you_mean(what, known)}")
-        if not isinstance(what, str): check_layer(what)
-        if name in known and what != name: raise ValueError(f"the name {name!r} is taken: give {describe(what)} another name")
+        _check_name(name, what, known)
         make = known[what] if isinstance(what, str) else what
-        said = f'{what}: {describe(layer)}' if isinstance(what, str) else describe(what)
-        found[name] = Arm(name, make, what in CONTROLS if isinstance(what, str) else False, 'nothing' if make is None else said)
+        found[name] = Arm(name, make, 'nothing' if make is None else describe(layer if isinstance(what, str) else what))
     if len(found) < 2: raise ValueError("`arms` names nothing to compare with `none`: give e.g. ['attention','uniform']")
     return found

@@ -57,12 +57,15 @@ def low(self:Differences)->float: return self.mean-self.half
 def high(self:Differences)->float: return self.mean+self.half
 
 # %% ../../nbs/api/compare/intervals.ipynb #930acd98
-def _all_same(gains): return max(gains)-min(gains) <= 1e-6*max(map(abs, gains))     # but for rounding
+@patch(as_prop=True)
+def is_flat(self:Differences)->bool:
+    "Whether all differences are the same, but for rounding"
+    return self.n > 0 and max(self.gains)-min(self.gains) <= 1e-6*max(map(abs, self.gains))
 
 @patch(as_prop=True)
 def sign(self:Differences)->int:
     "1: better, -1: worse, 0: these seeds cannot tell"
-    if self.n < 2 or _all_same(self.gains): return 0
+    if self.n < 2 or self.is_flat: return 0
     return int(self.low > 0)-int(self.high < 0)
 
 # %% ../../nbs/api/compare/intervals.ipynb #14104022

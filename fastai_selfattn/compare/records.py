@@ -117,7 +117,7 @@ def _go_on(self:Records, settings, runs):
     "Take the runs of a file with the same settings"
     for group,mine in self.settings.items():
         theirs = settings[group]
-        for name in mine.keys() | theirs.keys() if group == 'common' else mine.keys() & theirs.keys():
+        for name in theirs | mine if group == 'common' else [n for n in mine if n in theirs]:
             old,new = theirs.get(name),mine.get(name)
             if old == new: continue
             what = name if group == 'common' else f'the arm {name!r}'
