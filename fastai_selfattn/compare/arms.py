@@ -30,8 +30,9 @@ class GlobalContext(nn.Module):
     ):
         super().__init__()
         self.key = nn.Linear(n_channels, 1)
-        self.transform = nn.Sequential(nn.Linear(n_channels, hidden), nn.LayerNorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, n_channels))
-        for p in self.transform[-1].parameters(): nn.init.zeros_(p)
+        into,out = nn.Linear(n_channels, hidden),nn.Linear(hidden, n_channels)
+        self.transform = nn.Sequential(into, nn.LayerNorm(hidden), nn.ReLU(inplace=True), out)
+        for p in out.parameters(): nn.init.zeros_(p)
 
     def forward(self,
         x:Tensor, # (bs, n_channels, ...) feature map
@@ -96,8 +97,8 @@ class Uniform:
         new = make_layer(self.layer, site, {})
         asks = getattr(new, getattr(new, '_asks', ''), None)     # the conv that makes query vectors
         if asks is None or not has_vectors(new):
-            raise ValueError(f"there is no way to make the maps of {layer_name(self.layer)} uniform, only those of `SelfAttention` and its subclasses, "
-                             "with a softmax: leave the arm 'uniform' out, or give a layer of your own for it")
+            raise ValueError(f"there is no way to make the maps of {layer_name(self.layer)} uniform, only those of `SelfAttention` "
+                             "and its subclasses, with a softmax: leave the arm 'uniform' out")
         asks.register_forward_hook(_zero)
         return new
 
@@ -122,7 +123,9 @@ def _check_name(name, what, known):
     if not isinstance(what, str):
         check_layer(what)
         if name in known: raise ValueError(f"the name {name!r} is taken: give {describe(what)} another name")
-    elif what not in known: raise ValueError(f"no arm {what!r}: there are {', '.join(known)}, or a layer of your own as {{'name': layer}}.{did_you_mean(what, known)}")
+    elif what not in known:
+        there = f"{', '.join(known)}, or a layer of your own as {{'name': layer}}"
+        raise ValueError(f"no arm {what!r}: there are {there}.{did_you_mean(what, known)}")
     elif what != name: raise ValueError(f"the arm {what!r} has that name, not {name!r}")
 
 def find_arms(
@@ -131,7 +134,8 @@ def find_arms(
 )->dict[str,Arm]: # name -> arm, `none` first
     "The arms that are meant; `ValueError`/`TypeError` if that is unclear"
     known = _known(layer)
-    if isinstance(arms, str) or not isinstance(arms, (Mapping,Sequence)): raise TypeError(f"`arms` must be a list of names, or names and layers, got {arms!r}")
+    if isinstance(arms, str) or not isinstance(arms, (Mapping,Sequence)):
+        raise TypeError(f"`arms` must be a list of names, or names and layers, got {arms!r}")
     given = {'none':'none'} | (dict(arms) if isinstance(arms, Mapping) else {a:a for a in arms})
     found = {}
     for name,what in given.items():

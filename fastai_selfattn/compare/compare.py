@@ -32,10 +32,12 @@ from ..quiet import check_whole, random_kept
 def _training(epochs, lr, fit):
     "A function that trains a Learner, and what it does in words; `ValueError`/`TypeError` if that is unclear"
     if callable(fit):
-        if epochs is not None or lr is not None: raise ValueError("a function `fit` trains as it likes: leave `epochs` and `lr` out, or give the name of a method of Learner")
+        if epochs is not None or lr is not None:
+            raise ValueError("a function `fit` trains as it likes: leave `epochs` and `lr` out, or give the name of a method of Learner")
         return fit,describe(fit)
     if not isinstance(fit, str) or not callable(getattr(Learner, fit, None)):
-        raise TypeError(f"`fit` must be the name of a method of Learner that trains it, such as 'fine_tune', or a function of the Learner, got {fit!r}")
+        raise TypeError("`fit` must be the name of a method of Learner that trains it, such as 'fine_tune', or a function of the Learner, "
+                        f"got {fit!r}")
     if epochs is None: raise ValueError("give `epochs`, how long each net is trained")
     args = [*check_whole(epochs=epochs), *([] if lr is None else [lr])]
     return (lambda learn: getattr(learn, fit)(*args)),f"{fit}({', '.join(map(describe, args))})"
@@ -99,7 +101,7 @@ def _finish(records, recipe, dls, seeds, placed, choose):
 def compare_attention(
     dls:DataLoaders|Callable[[int],DataLoaders], # data, or a function of the seed that makes them, so that the split varies too
     make:Callable[[DataLoaders],Learner], # makes a new Learner, such as `lambda dls: unet_learner(dls, resnet18, metrics=Dice())`
-    where:bool|str|Sequence|Callable[[Site],bool]|Mapping=True, # a place or several at once, as `insert_attention` takes it; {'name': place} to compare places
+    where:bool|str|Sequence|Callable[[Site],bool]|Mapping=True, # as `insert_attention` takes it; {'name': where} to compare places
     arms:Sequence[str]|Mapping=('attention','uniform','context','conv3'), # what is compared with `none`; 'conv1' too, or {'name': layer}
     seeds:int|Sequence[int]=5, # how many, or which
     epochs:int=None, # how long each net is trained
@@ -114,8 +116,9 @@ def compare_attention(
     side:int=None, # only maps whose longest side is this, in cells
     **layer_args # for `layer`, such as `gamma=1.`
 )->Comparison: # prints as a sentence, a table and notes; has `plot()`
-    "Train nets that differ by attention alone, and say whether it helps; `ValueError`/`TypeError` before the first training if something does not fit"
-    if not isinstance(dls, DataLoaders) and not callable(dls): raise TypeError(f"`dls` must be DataLoaders or a function of the seed that makes them, got {type(dls).__name__}")
+    "Train nets that differ by attention alone, and say whether it helps; `ValueError`/`TypeError` before any training if that cannot be"
+    if not isinstance(dls, DataLoaders) and not callable(dls):
+        raise TypeError(f"`dls` must be DataLoaders or a function of the seed that makes them, got {type(dls).__name__}")
     if not callable(make): raise TypeError(f"`make` must be a function of DataLoaders that makes a Learner, got {type(make).__name__}")
     check_layer(layer)
     train,training = _training(epochs, lr, fit)

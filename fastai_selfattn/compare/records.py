@@ -97,7 +97,8 @@ def read_records(
     "What is in a file of a comparison; `ValueError` if it is none"
     try: held = json.loads(Path(file).read_text(encoding='utf-8'))
     except (OSError,ValueError) as e: raise ValueError(f"cannot read {file} as results of a comparison: {e}") from e
-    if not isinstance(held, dict) or held.get('what') != _kind: raise ValueError(f"{file} does not hold results of a comparison: give another `path`")
+    if not isinstance(held, dict) or held.get('what') != _kind:
+        raise ValueError(f"{file} does not hold results of a comparison: give another `path`")
     return held['settings'],held['runs']
 
 # %% ../../nbs/api/compare/records.ipynb #cf0e6650
@@ -109,7 +110,8 @@ class Records:
     ):
         self.settings,self.runs,self.path = settings,[],Path(path) if path is not None else None
         if self.path and self.path.exists(): self._go_on(*read_records(self.path))
-        elif self.path and not self.path.parent.is_dir(): raise ValueError(f"there is no folder {self.path.parent} for `path`: make it first")
+        elif self.path and not self.path.parent.is_dir():
+            raise ValueError(f"there is no folder {self.path.parent} for `path`: make it first")
 
 # %% ../../nbs/api/compare/records.ipynb #8a1aee8e
 @patch

@@ -10,11 +10,11 @@ __all__ = ['Comparison']
 # %% ../../nbs/api/compare/results.ipynb #ebd22e86
 import html
 import math
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from matplotlib.axes import Axes
@@ -89,41 +89,47 @@ def differences(self:Comparison,
 # %% ../../nbs/api/compare/results.ipynb #369b2c6f
 _measures = {'parameters':'parameters', 'ms a step':'ms', 'MiB held':'held', 'peak MiB':'peak', 'change':'change'}
 
-def _median(values): return float(np.median(list(values))) if values else math.nan
-
-def _sd(values): return float(np.std(list(values), ddof=1)) if len(values) > 1 else math.nan
+@patch
+def _seen(self:Comparison, arm, what, of=statistics.mean, least=1):
+    "Mean of the runs of `arm`, or another figure of at least so many of them"
+    values = list(self._values(arm, what).values())
+    return float(of(values)) if len(values) >= least else math.nan
 
 @patch
 def _row(self:Comparison, arm):
-    values,gains = self._values(arm),self.differences(arm)
-    row = {'arm':arm, 'seeds':len(values), self.metric:float(np.mean(list(values.values()))) if values else math.nan, 'sd':_sd(values.values())}
-    if self.metric != 'loss': row['loss'] = float(np.mean(list(self._values(arm, 'loss').values()))) if values else math.nan
-    if arm != 'none': row |= {'gain':gains.mean, 'low':gains.low, 'high':gains.high, 'wins':f'{gains.wins}/{gains.n}', 'detectable':gains.detectable}
-    return row | {column:_median(self._values(arm, k).values()) for column,k in _measures.items()} | {'failed':len(self._failed(arm))}
+    row = {'arm':arm, 'seeds':len(self._values(arm)), self.metric:self._seen(arm, self.metric)}
+    row |= {'sd':self._seen(arm, self.metric, statistics.stdev, 2), 'loss':self._seen(arm, 'loss')}
+    if arm != 'none':
+        d = self.differences(arm)
+        row |= {'gain':d.mean, 'low':d.low, 'high':d.high, 'wins':f'{d.wins}/{d.n}', 'detectable':d.detectable}
+    return row | {column:self._seen(arm, k, statistics.median) for column,k in _measures.items()} | {'failed':len(self._failed(arm))}
 
 @patch(as_prop=True)
 def table(self:Comparison)->pd.DataFrame:
     "A row for each arm: mean and spread, gain over `none` with its interval, and what it costs"
     df = pd.DataFrame([self._row(arm) for arm in self.arms]).set_index('arm')
-    first = ['seeds',self.metric,'sd',*['loss']*(self.metric != 'loss'),'gain','low','high','wins','detectable']
-    df = df.reindex(columns=[*first,*_measures,'failed'])
+    columns = ['seeds',self.metric,'sd','loss','gain','low','high','wins','detectable',*_measures,'failed']
+    df = df.reindex(columns=list(dict.fromkeys(columns)))
     unknown = [c for c in ('peak MiB','MiB held') if df[c].isna().all()] + ['failed']*(not df['failed'].any())
     return df.drop(columns=unknown)
 
 # %% ../../nbs/api/compare/results.ipynb #97b98d7b
-_formats = {'gain':'{:+.3g}', 'low':'{:+.3g}', 'high':'{:+.3g}', 'detectable':'{:.2g}', 'parameters':'{:,.0f}', 'ms a step':'{:.3g}', 'MiB held':'{:.3g}', 'peak MiB':'{:,.0f}', 'change':'{:.1%}', 'sd':'{:.2g}'}
+_formats = {'sd':'{:.2g}', 'gain':'{:+.3g}', 'low':'{:+.3g}', 'high':'{:+.3g}', 'detectable':'{:.2g}', 'parameters':'{:,.0f}',
+            'ms a step':'{:.3g}', 'MiB held':'{:.3g}', 'peak MiB':'{:,.0f}', 'change':'{:.1%}'}
 
 @patch
 def _text(self:Comparison):
     "The table as it is read"
     df = self.table
-    def words(column): return [x if isinstance(x, str) else '-' if pd.isna(x) else _formats.get(column, '{:.4g}').format(x) for x in df[column]]
-    return pd.DataFrame({c:words(c) for c in df}, index=df.index).rename_axis(None)
+    def word(column, x): return x if isinstance(x, str) else '-' if pd.isna(x) else _formats.get(column, '{:.4g}').format(x)
+    return pd.DataFrame({c:[word(c, x) for x in df[c]] for c in df}, index=df.index).rename_axis(None)
 
 # %% ../../nbs/api/compare/results.ipynb #416aa5b6
 def _size(x): return f'{abs(x):.3g}'
 
 def _better(x): return 'better' if x >= 0 else 'worse'
+
+def _start(words): return words[0].upper() + words[1:]
 
 def _between(d): return f'95 % interval {d.low:+.3g} to {d.high:+.3g}'
 
@@ -131,13 +137,15 @@ def _between(d): return f'95 % interval {d.low:+.3g} to {d.high:+.3g}'
 def _helps(self:Comparison, arm):
     "Whether `arm` helps"
     d = self.differences(arm)
+    cannot = f'These {d.n} seeds cannot tell whether {arm} helps'
     seen = f'{self.metric} is {_better(d.mean)} by {_size(d.mean)}'
     if not d.n: return f"Nothing can be said of {arm}: there is no seed in which both it and the net without it have been trained."
     if d.n == 1: return f"One seed cannot tell whether {arm} helps: in it {seen}, and chance may do as much. Take five or more."
-    if d.is_flat: return f"These {d.n} seeds cannot tell whether {arm} helps: {self.metric} differs by {d.mean:+.3g} in each of them, and without a spread nothing can be judged."
-    if not d.sign: return (f"These {d.n} seeds cannot tell whether {arm} helps: {seen} on average, {_between(d)}. "
+    if d.is_flat: return f"{cannot}: {self.metric} differs by {d.mean:+.3g} in each of them, and without a spread nothing can be judged."
+    if not d.sign: return (f"{cannot}: {seen} on average, {_between(d)}. "
                            f"A true difference of {_size(d.detectable)} they would show in 4 of 5 cases, a smaller one less often.")
-    return f"{arm[0].upper()+arm[1:]} {'helps' if d.sign > 0 else 'hurts'}: {seen} ({_between(d)}, {d.n} seeds, better in {d.wins} of {d.n})."
+    verb = 'helps' if d.sign > 0 else 'hurts'
+    return f"{_start(arm)} {verb}: {seen} ({_between(d)}, {d.n} seeds, better in {d.wins} of {d.n})."
 
 # %% ../../nbs/api/compare/results.ipynb #462d0919
 @patch
@@ -167,10 +175,14 @@ def _said_of(self:Comparison, arm):
     return words + f" It failed in {len(failed)} of {len(failed)+len(self._values(arm))} seeds."
 
 @patch(as_prop=True)
+def _asked(self:Comparison):
+    "The arms that are in question; if all are controls, these"
+    return [a for a in self.arms if a.partition(' at ')[0] not in CONTROLS] or self.arms[1:]
+
+@patch(as_prop=True)
 def sentence(self:Comparison)->str: # a line for each arm that is in question
     "Does attention help? In words"
-    asked = [a for a in self.arms if a.partition(' at ')[0] not in CONTROLS] or self.arms[1:]
-    return '\n'.join(map(self._said_of, asked))
+    return '\n'.join(map(self._said_of, self._asked))
 
 # %% ../../nbs/api/compare/results.ipynb #0c1e4d73
 @patch
@@ -179,21 +191,29 @@ def _versus(self:Comparison, arm, other):
     d = self.differences(arm, other)
     if d.n < 2: return
     if d.sign: yield f"Against {other}, {arm} is {_better(d.mean)} by {_size(d.mean)} ({_between(d)})."
-    else: yield f"{arm[0].upper()+arm[1:]} and {other} cannot be told apart: {d.mean:+.3g} ({_between(d)})."
+    else: yield f"{_start(arm)} and {other} cannot be told apart: {d.mean:+.3g} ({_between(d)})."
+
+_others = [a for a in CONTROLS if a not in ('none','uniform')]
+
+@patch
+def _about(self:Comparison, arm):
+    "What there is to say of an arm that is in question"
+    kind,at,place = arm.partition(' at ')
+    for other in _others if kind not in CONTROLS else ():
+        if f'{other}{at}{place}' in self.arms: yield from self._versus(arm, f'{other}{at}{place}')
+    change = self._seen(arm, 'change', statistics.median)
+    if change < .01: yield f"The layers of {arm} change their features by only {change:.2%}: they are hardly used."
 
 @patch
 def _remarks(self:Comparison):
-    asked = [a for a in self.arms if a.partition(' at ')[0] not in CONTROLS]
-    for arm in asked:
-        place = arm.partition(' at ')[2]
-        others = [a for a in self.arms[1:] if a.partition(' at ')[2] == place and a.partition(' at ')[0] in CONTROLS and not a.startswith('uniform')]
-        for other in others: yield from self._versus(arm, other)
-        change = _median(self._values(arm, 'change').values())
-        if change < .01: yield f"The layers of {arm} change their features by {change:.2%}: they are hardly used, and what differs is mostly chance."
-    for arm in self.arms:
-        for r in self._failed(arm): yield f"{arm} failed in seed {r['seed']}: {r['failed'] or f'its {self.metric} is no number'}. This seed is left out wherever {arm} is compared."
-    if self.settings['common'].get('data') == ONE_SPLIT: yield "All seeds share one split of the data, so the intervals hold for this split. Give a function of the seed for `dls`, and the split varies too."
-    if len(asked) > 1: yield f"Of {len(asked)} intervals of 95 % each, all hold the truth less often than that."
+    for arm in self._asked: yield from self._about(arm)
+    for r in (r for arm in self.arms for r in self._failed(arm)):
+        why = r['failed'] or f'its {self.metric} is no number'
+        yield f"{_start(r['arm'])} failed in seed {r['seed']}: {why}. This seed is left out wherever {r['arm']} is compared."
+    if self.settings['common'].get('data') == ONE_SPLIT:
+        yield ("All seeds share one split of the data, so the intervals hold for this split. "
+               "Give a function of the seed for `dls`, and the split varies too.")
+    if len(self._asked) > 1: yield f"Each interval holds the truth in 95 of 100 cases; that all {len(self._asked)} do is less likely."
 
 ONE_SPLIT = 'DataLoaders'     # the setting of data that is the same for all seeds
 

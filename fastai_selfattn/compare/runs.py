@@ -95,11 +95,12 @@ def _batch(dls, i, seed):
 def start_of(
     learn:Learner, # before it gets a layer
     seed:int,
-)->dict[str,list[float]]:
-    "Sketches of the weights and of the first batches, and how many batches there are"
+)->dict[str,str|list[float]]:
+    "Sketches of the weights and of the first batches, how many batches there are, and the device"
     n_batches = [len(dl) for dl in learn.dls.loaders[:2]]
     batches = {n:_batch(learn.dls, i, seed) for i,n in enumerate(('training data','validation data'))}
-    return {'start weights':sketch([*learn.model.state_dict().values()]), 'numbers of batches':n_batches} | batches
+    weights = sketch([*learn.model.state_dict().values()])
+    return {'device':str(learn.dls.device), 'start weights':weights, 'numbers of batches':n_batches} | batches
 
 def check_start(
     start:dict[str,list[float]], # of a run
@@ -109,8 +110,9 @@ def check_start(
     "`ValueError` if a run of the same seed started from something else"
     for run in others:
         for what,x in start.items():
-            if np.allclose(x, run['start'][what], rtol=1e-6, atol=1e-6): continue
-            raise ValueError(f"the {what} of arm {arm!r} are not those of {run['arm']!r} in seed {run['seed']}, so the two cannot be compared: "
+            before = run['start'][what]
+            if x == before or not isinstance(x, str) and np.allclose(x, before, rtol=1e-6, atol=1e-6): continue
+            raise ValueError(f"seed {run['seed']}: the {what} of {arm!r} are not those of {run['arm']!r}, so the two cannot be compared: "
                              "what makes data and model must give the same again when it is called with the same random numbers. "
                              "If you changed it since the other run was made, give another `path`")
 
@@ -200,13 +202,15 @@ def build(
         raise TypeError(f"`make` must give a Learner for the DataLoaders that it gets, got {type(learn).__name__}: "
                         "give e.g. `lambda dls: unet_learner(dls, resnet18, metrics=Dice())`")
     if learn.dls is not dls: raise ValueError("`make` must use the DataLoaders that it gets, so that all arms train on the same batches")
-    if len(dls.loaders) < 2 or not len(dls.loaders[1]): raise ValueError("the DataLoaders have no validation data, on which the arms are compared")
+    if len(dls.loaders) < 2 or not len(dls.loaders[1]):
+        raise ValueError("the DataLoaders have no validation data, on which the arms are compared")
     start = start_of(learn, seed)
     check_start(start, others, arm.name)
     seed_all(seed)
     paths = []
     if arm.layer:
-        with redirect_stdout(io.StringIO()): paths = insert_attention(learn, where, recipe.how, arm.layer, recipe.max_side, side=recipe.side)
+        place = dict(how=recipe.how, max_side=recipe.max_side, side=recipe.side)
+        with redirect_stdout(io.StringIO()): paths = insert_attention(learn, where, layer=arm.layer, **place)
     seed_all(seed)
     seed_data(dls, seed)
     return learn,paths,start
@@ -258,6 +262,7 @@ def run(
         res['parameters'] = sum(p.numel() for l in layers for p in l.parameters())
         with learn.no_bar(), learn.no_logging():
             res |= _trained(learn, recipe, seed)
+            seed_all(seed)
             if not res['failed']: res['loss'],res['metrics'] = _score(learn)
         if not res['failed'] and not math.isfinite(res['loss']): res['failed'] = f"its validation loss is {res['loss']}"
         if paths and not res['failed']: res['change'] = _change(learn, paths)
