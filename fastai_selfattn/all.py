@@ -3,6 +3,8 @@ from fastai_selfattn import learner  # noqa: F401  gives `Learner` its methods
 from fastai_selfattn.attention.kinds import attention_layers, attention_off, attention_status, register_attention
 from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention, fuse_attention
 from fastai_selfattn.attention.ops import attend, attention_backend, attention_stats, attention_weights, dot_attend
+from fastai_selfattn.compare.compare import compare_attention
+from fastai_selfattn.compare.results import Comparison
 from fastai_selfattn.placement.insert import insert_attention, remove_attention
 from fastai_selfattn.placement.optim import inserted_layers
 from fastai_selfattn.placement.sites import attention_sites
@@ -23,6 +25,7 @@ __all__ = ['attend', 'attention_backend', 'attention_stats', 'attention_weights'
            'register_attention', 'attention_layers', 'attention_status', 'attention_off', 'attention_uniform', 'attention_effect',
            'attention_sites', 'insert_attention', 'inserted_layers', 'remove_attention', 'upgrade_attention',
            'create_unet_model', 'unet_learner',
+           'compare_attention', 'Comparison',
            'AttentionRecorder', 'receptive_field', 'GammaLogger', 'AttentionMapLogger', 'AttentionInterpretation', 'attention_explorer',
            'plot_attention', 'plot_attention_stats', 'plot_gamma', 'plot_sites',
            'show_attention', 'show_attention_growth', 'show_receptive_field']
