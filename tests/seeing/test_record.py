@@ -1143,6 +1143,11 @@ def test_pictures_of_a_batch_as_the_model_takes_it(files):
         with pytest.raises(ValueError, match=says): pictures(learn, bad)
 
 
+def test_pictures_that_are_numbers_are_called_by_them(files):
+    learn = learner(files, get_x=lambda i: files[i], get_y=lambda i: label(files[i]), source=list(range(len(files))))
+    p = check(pictures(learn, [7, np.int64(2)]), [files[7], files[2]])
+    assert p.names == ['picture 7', 'picture 2'] and p.items == [7, 2]
+
 def test_pictures_of_a_table(files):
     df = pd.DataFrame(dict(name=[f.name for f in files], label=[label(f) for f in files]))
     learn = learner(files, get_x=ColReader('name', pref=f'{files[0].parent}/'), get_y=ColReader('label'), source=df)
