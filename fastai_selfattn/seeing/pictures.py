@@ -9,6 +9,7 @@ __all__ = []
 
 # %% ../../nbs/api/seeing/pictures.ipynb #5497db98
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ class Pictures(NamedTuple):
     x:Tensor        # (bs, c, h, w) on the model's device
     images:Tensor   # (bs, 1 or 3, h, w) from 0 to 1, on the CPU
     items:list      # what they were made from
-    names:list      # what to call them: file names, else 'picture 0' and so on
+    names:list      # what to call them: file names, numbers, else 'picture 0' and so on
 
 def _as_seen(t):
     "Pictures (bs, c, h, w) of any range and number of channels as (bs, 1 or 3, h, w) from 0 to 1"
@@ -39,7 +40,10 @@ def _as_seen(t):
     return torch.where(fits, t, (t-lo)/(hi-lo).clamp(min=1e-6)).clamp(0, 1)
 
 # %% ../../nbs/api/seeing/pictures.ipynb #6fab29d0
-def _name(item, i): return Path(item).name if isinstance(item, (str,Path)) else f'picture {i}'
+def _name(item, i):
+    "A file by its name, a picture that has a number by that, any other by its place among those shown"
+    if isinstance(item, (str,Path)): return Path(item).name
+    return f'picture {int(item) if isinstance(item, Integral) else i}'
 
 def _none(items, max_n):
     if items is not None: why = "`items` is empty"

@@ -861,6 +861,271 @@ def test_what_attention_off_passes_on_is_no_alias():
     assert torch.equal(x, y) and y.data_ptr() != x.data_ptr()      # an activation in place would change both
 
 
+<<<<<<< HEAD
+=======
+# receptive_field
+
+def test_receptive_field_on_paper():
+    model = nn.Sequential(nn.Conv2d(1, 1, 2, 2, bias=False), with_gamma(SelfAttention(1, norm_type=None), 0.))
+    model[0].weight.data.copy_(torch.tensor([[1., 2], [3, -4]]))
+    for point, block in (((5, 2), (4, 2)), ((0, 9), (0, 8)), ((2, 3), (2, 2))):
+        field = receptive_field(model, images(size=(6, 10))[:, :1], point)
+        want = torch.zeros(6, 10)
+        want[block[0]:block[0] + 2, block[1]:block[1] + 2] = torch.tensor([[1., 4], [9, 16]]) / 30
+        close(field.on, want), close(field.off, want)
+        assert field.point == point and field.share == .9 and field.area_on == field.area_off == 3 / 60
+    for share, pixels in ((.5, 1), (16.5 / 30, 2), (24.9 / 30, 2), (25.1 / 30, 3), (28.9 / 30, 3), (29.1 / 30, 4), (.9999, 4)):
+        assert receptive_field(model, torch.randn(3, 1, 6, 10), share=share).area_off == pixels / 60
+    field = receptive_field(model, torch.randn(1, 1, 6, 10))
+    assert field.point == (3, 5) and field.on.nonzero().tolist() == [[2, 4], [2, 5], [3, 4], [3, 5]]      # the middle
+
+
+def test_receptive_field_of_a_one_hot_attention():
+    layer, x = to_marked(), marked(at=(4, 7))
+    for gamma, area in ((1., 2), (-.2, 1)):
+        nn.init.constant_(layer.gamma, gamma)
+        field = receptive_field(layer, x, (1, 3), channel=2)
+        on, off = torch.zeros(6, 10), torch.zeros(6, 10)
+        off[1, 3], on[1, 3], on[4, 7] = 1, 1 / (1 + gamma**2), gamma**2 / (1 + gamma**2)
+        close(field.on, on), close(field.off, off)
+        assert field.area_on == area / 60 and field.area_off == 1 / 60
+    assert receptive_field(layer, x, (1, 3), channel=2, share=.97).area_on == 2 / 60
+
+
+def test_receptive_field_of_convs_grows_to_the_whole_picture():
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), SelfAttention(16, gamma=1.), nn.Conv2d(16, 4, 3, padding=1))
+    field = receptive_field(model, images(size=(15, 20)), (7, 4))
+    box = torch.zeros(15, 20, dtype=torch.bool)
+    box[5:10, 2:7] = True
+    assert torch.equal(field.off > 0, box) and (field.on > 0).all() and field.on.shape == (15, 20)
+    for energy in field[:2]: assert energy.dtype == torch.float32 and energy.sum().item() == pytest.approx(1, rel=1e-5) and not energy.requires_grad
+    assert field.area_off <= 25 / 300
+
+
+def test_receptive_field_of_only_some_layers():
+    model = nn.Sequential(to_marked(), to_marked())
+    x = marked()
+    some, every = (receptive_field(model, x, (1, 3), 2, layers=l) for l in ('1', None))
+    assert torch.equal(some.on, every.on) and every.off[1, 3] == 1 and some.off[4, 7] > .4
+
+
+def test_the_channel_is_the_largest_of_each_image_with_attention():
+    conv = nn.Conv2d(3, 3, (1, 3), padding=(0, 1), groups=3, bias=False)
+    conv.weight.data.zero_()[0, 0, 0, 0] = 1                       # of channel 0 the left neighbour
+    conv.weight.data[2, 0, 0, 1] = 1
+    x = marked()
+    x[0, 2, 1, 3], x[0, 2, 4, 7] = .2, 1.                          # channel 0 is 1, channel 2 is 1.2 with attention and .2 without
+    field = receptive_field(nn.Sequential(to_marked(), conv), x, (1, 3))
+    assert field.off[1, 3] == 1 and field.on[1, 3].item() == pytest.approx(.5)
+    both = nn.Sequential(with_gamma(SelfAttention(1, norm_type=None), 0.), nn.Conv2d(1, 2, (1, 3), padding=(0, 1), bias=False))
+    both[1].weight.data.copy_(torch.tensor([[10., 0, 0], [0, 0, -1.]])[:, None, None])
+    x = torch.ones(2, 1, 3, 5)
+    x[1] = -1                                                      # image 0: channel 0, ten times as steep; image 1: channel 1
+    field = receptive_field(both, x, (1, 2))
+    assert field.on[1, 1] == field.on[1, 3] == .5
+    assert receptive_field(both, x, (1, 2), channel=1).on[1, 3] == 1 == receptive_field(both, x, (1, 2), channel=np.int64(0)).on[1, 1]
+
+
+def test_receptive_field_inside_a_classifier():
+    model = net().eval()
+    classifier, x = nn.Sequential(model, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)), images()
+    before = hooks(classifier)
+    with pytest.raises(ValueError, match=r'the output must be a map .*got \(2, 3\): name a `module` inside'): receptive_field(classifier, x)
+    want, got = receptive_field(model, x, (3, 4)), receptive_field(classifier, x, (3, 4), module='0')
+    assert torch.equal(want.on, got.on) and torch.equal(want.off, got.off) and want[2:] == got[2:]
+    early = receptive_field(classifier, x, (3, 4), module='0.0')
+    assert torch.equal(early.on, early.off) and early.on.nonzero().tolist() == [[r, c] for r in (1, 2, 3) for c in (3, 4, 5)]
+    class Pair(nn.Module):
+        def __init__(self): super().__init__(); self.net, self.unused = model, nn.Conv2d(3, 3, 1)
+        def forward(self, x): return self.net(x), x
+    with pytest.raises(ValueError, match='got tuple: name a `module`'): receptive_field(Pair(), x)
+    with pytest.raises(ValueError, match='must be a map'): receptive_field(Pair(), x, module='unused')
+    assert torch.equal(receptive_field(Pair(), x, (3, 4), module='net').on, want.on)
+    with pytest.raises(RuntimeError): receptive_field(classifier, torch.randn(2, 5, 30, 42), module='0')
+    assert hooks(classifier) == before
+
+
+@pytest.mark.parametrize('kwargs,error,says', [
+    (dict(x=images()[0, 0]), TypeError, r'`x` must be a batch of images \(bs, c, h, w\), got \(30, 42\)'), (dict(x=[1]), TypeError, 'got list'),
+    (dict(share=0), ValueError, '`share` must lie between 0 and 1, got 0'), (dict(share=1.), ValueError, 'got 1.0'), (dict(point=(30, 0)), ValueError, r'\(30, 0\) is not on the image of 30x42'),
+    (dict(point=(1.5, 0)), ValueError, 'whole image pixels'), (dict(point=3), ValueError, 'got 3'), (dict(channel=8), ValueError, '`channel` must be 0 to 7, got 8'), (dict(channel=-1), ValueError, 'got -1'),
+    (dict(layers='2'), ValueError, 'no attention layer 2: there are 1, 5'), (dict(module='9'), AttributeError, '9')], ids=named)
+def test_bad_input_of_receptive_field_is_named_and_the_model_stays(kwargs, error, says):
+    model = net().train()
+    model(images())
+    before = as_it_was(model)
+    with pytest.raises(error, match=says): receptive_field(**(dict(model=model, x=images()) | kwargs))
+    same(before, as_it_was(model))
+
+
+def test_no_gradient_reaches_the_image():
+    class Cuts(nn.Module):
+        def forward(self, x): return x * 0
+    with pytest.raises(ValueError, match=r'no gradient reaches the image from the output pixel at \(3, 4\)'): receptive_field(nn.Sequential(SelfAttention(3), Cuts()), images(), (3, 4))
+
+
+@pytest.mark.parametrize('mode,exact', [(contextlib.nullcontext, True), (torch.no_grad, True), (torch.inference_mode, True), (lambda: torch.autocast('cpu', dtype=torch.bfloat16), False)], ids=['grad', 'no grad', 'inference', 'autocast'])
+def test_receptive_field_changes_nothing(mode, exact):
+    model, x = mixed(), images(size=(32, 48))
+    model(x).square().mean().backward()
+    model[2].eval(), model[4].requires_grad_(False)
+    before, rng = as_it_was(model), torch.get_rng_state()
+    want = receptive_field(model, x, (3, 4))
+    with mode(): got = receptive_field(model, TensorImage(x), (3, 4))
+    with mode(): given = TensorImage(x * 1) if mode is torch.inference_mode else x.requires_grad_()
+    again = receptive_field(model, given, (3, 4))
+    same(before, as_it_was(model))
+    assert torch.equal(rng, torch.get_rng_state()) and x.grad is None and not stance_is_forced()
+    tol = dict(rtol=1e-4, atol=1e-7) if exact else dict(rtol=.2, atol=1e-2)
+    for a, b, c in zip(want[:2], got[:2], again[:2]):
+        assert type(b) is torch.Tensor and not b.requires_grad
+        close(b, a, **tol), close(c, a)
+    assert (got.on - got.off).abs().max() > 1e-3
+
+
+def test_receptive_field_of_a_compiled_model(counts):
+    model, x = net().eval(), images()
+    want = receptive_field(model, x, (3, 4))
+    compiled = torch.compile(model, backend=counts)
+    compiled(x)
+    n = counts.ran
+    got = receptive_field(compiled, x, (3, 4))
+    close(got.on, want.on), close(got.off, want.off)
+    close(receptive_field(compiled, x, (3, 4), module='5').off, receptive_field(model, x, (3, 4), module='5').off)
+    assert counts.ran == n
+
+
+def test_receptive_field_in_one_and_three_dimensions():
+    for nd in (1, 3):
+        model, point = net(nd).train(), POINTS[nd][1]
+        field = receptive_field(model, images(nd), point)
+        assert field.on.shape == SIZES[nd] and field.on.sum().item() == pytest.approx(1, rel=1e-5)
+        assert field.off[tuple(point)] > 0 and field.off.ne(0).sum() < field.on.ne(0).sum()
+
+
+# pictures
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    path = tmp_path_factory.mktemp('pictures')
+    rng = np.random.default_rng(4)
+    names = [path / f'{i:02}.png' for i in range(9)]
+    for f in names: Image.fromarray(rng.integers(0, 256, (20, 28, 3), dtype=np.uint8)).save(f)
+    return names
+
+def label(f): return 'ab'[int(f.stem) % 2]
+
+def learner(files, get_x=None, source=None, valid=range(5, 9), tfms=(Flip(p=.5), Brightness(.5, p=1.)), **kwargs):
+    block = DataBlock((ImageBlock, CategoryBlock), get_y=kwargs.pop('get_y', label), get_x=get_x, splitter=IndexSplitter(list(valid)), batch_tfms=[*tfms, Normalize.from_stats(*imagenet_stats)])
+    dls = block.dataloaders(files if source is None else source, bs=2, num_workers=0, **kwargs)
+    return Learner(dls, nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)), loss_func=nn.CrossEntropyLoss())
+
+def original(f): return torch.from_numpy(np.array(Image.open(f).convert('RGB'))).permute(2, 0, 1) / 255
+
+def check(p, names):
+    "Pictures are those of the files `names`, and `x` is what the model takes"
+    want = torch.stack([original(f) for f in names])
+    assert type(p.x) is type(p.images) is torch.Tensor and p.images.device.type == 'cpu' and p.images.dtype == torch.float32
+    assert p.images.shape == p.x.shape == want.shape and (p.images - want).abs().max() < 1.001 / 255 and 0 <= p.images.min() and p.images.max() <= 1
+    mean, std = (torch.tensor(s).view(3, 1, 1) for s in imagenet_stats)
+    close(p.x, (want - mean) / std, rtol=1e-3, atol=1e-3)
+    return p
+
+def test_pictures_of_the_validation_set_and_of_files(files):
+    learn = learner(files)
+    p = check(pictures(learn), files[5:8])
+    assert p.items == files[5:8] and p.names == ['05.png', '06.png', '07.png']
+    assert len(check(pictures(learn, max_n=99), files[5:]).items) == 4                       # more than there are
+    p = check(pictures(learn, [files[7], str(files[0])], max_n=1), [files[7], files[0]])
+    assert p.names == ['07.png', '00.png'] and p.items == [files[7], str(files[0])]
+    for one in (files[3], str(files[3])): assert check(pictures(learn, one), [files[3]]).names == ['03.png']
+    for one in (PILImage.create(files[2]), Image.open(files[2])):
+        p = check(pictures(learn, one), [files[2]])
+        assert p.names == ['picture 0'] and p.items == [one]
+    p = check(pictures(learn, [PILImage.create(f) for f in files[1:4]]), files[1:4])
+    assert p.names == ['picture 0', 'picture 1', 'picture 2']
+
+
+def test_pictures_of_a_batch_as_the_model_takes_it(files):
+    learn = learner(files)
+    x = pictures(learn).x
+    for batch in (x, TensorImage(x)):
+        p = check(pictures(learn, batch, max_n=1), files[5:8])
+        assert torch.equal(p.x, x) and p.names == ['picture 0', 'picture 1', 'picture 2'] and len(p.items) == 3
+    for bad, says in ((x[0], r'must be \(bs, channels, h, w\), got \(3, 20, 28\)'), (x[..., None], r'\(3, 3, 20, 28, 1\)')):
+        with pytest.raises(ValueError, match=says): pictures(learn, bad)
+
+
+def test_pictures_that_are_numbers_are_called_by_them(files):
+    learn = learner(files, get_x=lambda i: files[i], get_y=lambda i: label(files[i]), source=list(range(len(files))))
+    p = check(pictures(learn, [7, np.int64(2)]), [files[7], files[2]])
+    assert p.names == ['picture 7', 'picture 2'] and p.items == [7, 2]
+
+def test_pictures_of_a_table(files):
+    df = pd.DataFrame(dict(name=[f.name for f in files], label=[label(f) for f in files]))
+    learn = learner(files, get_x=ColReader('name', pref=f'{files[0].parent}/'), get_y=ColReader('label'), source=df)
+    p = check(pictures(learn, max_n=2), files[5:7])
+    assert p.names == ['picture 0', 'picture 1'] and [row['name'] for row in p.items] == ['05.png', '06.png']
+    p = check(pictures(learn, df.iloc[[8, 1]]), [files[8], files[1]])
+    assert [row['name'] for row in p.items] == ['08.png', '01.png']
+
+
+def test_no_pictures(files):
+    learn = learner(files, valid=[])
+    with pytest.raises(ValueError, match='no pictures to show.*give `items`'): pictures(learn)
+    check(pictures(learn, files[:2]), files[:2])
+    learn = learner(files)
+    for kwargs in (dict(items=[]), dict(max_n=0), dict(items=[], max_n=0), dict(items=pictures(learn).x[:0])):
+        with pytest.raises(ValueError, match='no pictures to show'): pictures(learn, **kwargs)
+
+
+def tensors(n=6, c=3, size=(20, 28)): return [(torch.rand(c, *size, generator=torch.Generator().manual_seed(i)), i % 2) for i in range(n)]
+
+@pytest.mark.parametrize('loader', [lambda ds: DataLoader(ds, bs=4), lambda ds: torch.utils.data.DataLoader(ds, batch_size=4)], ids=["fastai's", "torch's"])
+def test_pictures_of_plain_data_without_items(loader):
+    learn = Learner(DataLoaders(loader(tensors(2)), loader(tensors()[1:])), learner_model(3), loss_func=nn.CrossEntropyLoss())
+    p = pictures(learn)
+    want = torch.stack([t for t, _ in tensors()[1:4]])
+    assert torch.equal(p.x, want) and torch.equal(p.images, want) and p.names == ['picture 0', 'picture 1', 'picture 2']
+    assert len(pictures(learn, max_n=99).names) == 4                                          # a batch
+    p = pictures(learn, want[:2] * 7 - 3)                                                 # of any range: as wide as can be
+    assert torch.equal(p.x, want[:2] * 7 - 3)
+    for a, b in zip(p.images, want): close(a, (b - b.min()) / (b.max() - b.min()), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match='no pictures'): pictures(learn, max_n=0)
+
+def learner_model(c): return nn.Sequential(nn.Conv2d(c, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+
+@pytest.mark.parametrize('c', [1, 2, 4, 7])
+def test_pictures_of_any_number_of_channels(c):
+    learn = Learner(DataLoaders(DataLoader(tensors(2, c), bs=2), DataLoader(tensors(5, c), bs=4)), learner_model(c), loss_func=nn.CrossEntropyLoss())
+    p = pictures(learn)
+    assert p.x.shape == (3, c, 20, 28) and p.images.shape == (3, 1, 20, 28)
+    close(p.images, p.x.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize('look', [lambda l, f: pictures(l), lambda l, f: pictures(l, f[:3]), lambda l, f: pictures(l, pictures(l).x), lambda l, f: pictures(l, max_n=99)], ids=['validation', 'files', 'tensor', 'all'])
+@pytest.mark.parametrize('plain', [False, True], ids=['blocks', 'plain'])
+def test_training_goes_on_as_without_pictures(files, look, plain):
+    def batches(look):
+        random.seed(5), np.random.seed(5), torch.manual_seed(5)
+        if plain:
+            dls = DataLoaders(DataLoader(tensors(8), bs=2, shuffle=True), DataLoader(tensors(), bs=4))
+            learn = Learner(dls, learner_model(3), loss_func=nn.CrossEntropyLoss())
+        else: learn = learner(files)
+        states = lambda: (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), learn.dls.train.rng.getstate())
+        before = states()
+        if look:
+            look(learn, files)
+            assert states() == before
+        out = [b[0].clone() for b in learn.dls.train]
+        if look: look(learn, files)
+        return out + [b[0].clone() for b in learn.dls.train] + [b[0].clone() for b in learn.dls.valid] + [torch.rand(1), torch.tensor([random.random(), np.random.rand()])]
+    want, got = batches(None), batches((lambda l, f: pictures(l)) if plain else look)
+    assert len(want) == len(got) > 6 and all(torch.equal(a, b) for a, b in zip(want, got))
+
+
+>>>>>>> swatches
 @pytest.mark.parametrize('size', [64, (0, 64), (6.4, 64), '64', ()], ids=named)
 def test_image_size_is_checked_at_once(size):
     with pytest.raises(ValueError, match='`image_size` must be'): AttentionRecorder(net(), 'center', image_size=size)
