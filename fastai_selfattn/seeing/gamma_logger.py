@@ -170,7 +170,8 @@ def in_words(self:GammaLogger)->dict[str,str]:
     "What each attention layer did in the last epoch, by its short name: gamma and the change of the features; `ValueError` before training"
     h = self.history
     changes = [c for c in h.columns if c.split('_')[0] == 'change']
-    if h.empty or not changes: raise ValueError("nothing was logged yet: train first, with this `GammaLogger` among the Learner's callbacks")
+    if h.empty or not changes:
+        raise ValueError("nothing was logged yet: train first, with this `GammaLogger` among the Learner's callbacks")
     last = h[h.epoch > h.epoch.max() - 1]
     def words(column):
         gamma = column.replace('change', 'gamma')

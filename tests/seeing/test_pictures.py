@@ -177,3 +177,9 @@ def test_pictures_come_to_the_device_of_the_model(files):
     learn.model.to('meta')
     p = pictures(learn)
     assert p.x.device.type == 'meta' and p.images.device.type == 'cpu' and p.x.shape == (3, 3, 20, 28)
+
+
+def test_pictures_that_are_numbers_are_called_by_them(files):
+    learn = learner(files, get_x=lambda i: files[i], get_y=lambda i: label(files[i]), source=list(range(len(files))))
+    p = check(pictures(learn, [7, np.int64(2)]), [files[7], files[2]])
+    assert p.names == ['picture 7', 'picture 2'] and p.items == [7, 2]
