@@ -8,7 +8,6 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/compare/runs.html.md
 __all__ = []
 
 # %% ../../nbs/api/compare/runs.ipynb #fc9081c2
-import gc
 import io
 import math
 import random
@@ -100,7 +99,7 @@ def start_of(
     n_batches = [len(dl) for dl in learn.dls.loaders[:2]]
     batches = {n:_batch(learn.dls, i, seed) for i,n in enumerate(('training data','validation data'))}
     weights = sketch([*learn.model.state_dict().values()])
-    return {'device':str(learn.dls.device), 'start weights':weights, 'numbers of batches':n_batches} | batches
+    return {'device':str(getattr(learn.dls, 'device', None)), 'start weights':weights, 'numbers of batches':n_batches} | batches
 
 def check_start(
     start:dict[str,list[float]], # of a run
@@ -266,6 +265,5 @@ def run(
             if not res['failed']: res['loss'],res['metrics'] = _score(learn)
         if not res['failed'] and not math.isfinite(res['loss']): res['failed'] = f"its validation loss is {res['loss']}"
         if paths and not res['failed']: res['change'] = _change(learn, paths)
-        del learn,layers
-        gc.collect()     # a Learner and its callbacks hold each other, and on a GPU their memory
+        learn.model = learn.opt = None     # a Learner and its callbacks hold each other, and would keep the memory for a while
     return res

@@ -1,6 +1,7 @@
 "Each arm is what it says: uniform maps, one context for all pixels, as many parameters as attention."
 from functools import partial
 import pytest, torch
+from conftest import named
 from fastai_selfattn.attention.kinds import attention_layers, layer_weights
 from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention
 from fastai_selfattn.compare.arms import CONTROLS, AsLarge, GlobalContext, ResidualConv, Uniform, find_arms
@@ -15,7 +16,7 @@ def site(c, ndim=2): return Site('here', 'here', c, sizes[ndim])
 def n_params(layer): return sum(p.numel() for p in layer.parameters())
 
 @pytest.mark.parametrize('c', [40, 48, 56, 64, 100, 128, 256, 384])
-@pytest.mark.parametrize('args', [{}, dict(reduction=4), dict(heads=4, pool=2)], ids=str)
+@pytest.mark.parametrize('args', [{}, dict(reduction=4), dict(heads=4, pool=2)], ids=named)
 def test_as_many_parameters_as_attention(c, args):
     if c//8 % args.get('heads', 1) or c % args.get('heads', 1): args = {}
     arms = find_arms(['attention', 'context', 'conv3', 'conv1', 'uniform'], partial(SelfAttention, **args))
@@ -35,7 +36,7 @@ def test_all_arms_on_maps_of_any_dimension(ndim):
         assert any(p.grad is not None and p.grad.any() for p in layer.parameters()), f'{name} does not learn'
 
 @pytest.mark.parametrize('make,ndim', [(SelfAttention, 1), (SelfAttention, 2), (SelfAttention, 3), (PaperSelfAttention, 2), (PooledSelfAttention2d, 2),
-                                      (partial(SelfAttention, heads=3, pool=2, norm_type=None), 3)], ids=str)
+                                      (partial(SelfAttention, heads=3, pool=2, norm_type=None), 3)], ids=named)
 def test_uniform_maps(make, ndim):
     torch.manual_seed(0)
     layer,x = Uniform(make)(24, site(24, ndim)),torch.randn(2, 24, *sizes[ndim])
@@ -64,7 +65,7 @@ def test_uniform_gives_the_mean_of_the_values():
     values = torch.einsum('oc,bchw->bohw', layer.value[0].weight[:, :, 0], x)
     assert torch.allclose(layer(x), x+.5*values.mean((2, 3), keepdim=True), atol=1e-5)
 
-@pytest.mark.parametrize('make', [SimpleSelfAttention, partial(SelfAttention, softmax=False), nn.Identity], ids=str)
+@pytest.mark.parametrize('make', [SimpleSelfAttention, partial(SelfAttention, softmax=False), nn.Identity], ids=named)
 def test_no_uniform_maps_where_there_is_no_softmax_of_ours(make):
     with pytest.raises(ValueError, match='no way to make the maps'): Uniform(make)(16, site(16))
 
@@ -106,6 +107,6 @@ def test_all_go_where_attention_goes():
 @pytest.mark.parametrize('arms,error,words', [
     (['unifrom'], ValueError, "Did you mean 'uniform'"), ('attention', TypeError, 'a list of names'), ([], ValueError, 'nothing to compare'),
     (['none'], ValueError, 'nothing to compare'), ({'uniform': SelfAttention}, ValueError, 'is taken'), ({'wide': 'conv3'}, ValueError, 'has that name'),
-    ({'a at b': SelfAttention}, TypeError, "without ' at '"), ({'mine': 3}, TypeError, '`layer` must be')], ids=str)
+    ({'a at b': SelfAttention}, TypeError, "without ' at '"), ({'mine': 3}, TypeError, '`layer` must be')], ids=named)
 def test_arms_that_are_none(arms, error, words):
     with pytest.raises(error, match=words): find_arms(arms, SelfAttention)

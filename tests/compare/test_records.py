@@ -1,0 +1,89 @@
+"The file of a comparison: whole at any moment, and never of two minds about its settings."
+import json, os
+import pytest
+from conftest import named, root, run
+from fastai_selfattn.compare import records
+from fastai_selfattn.compare.records import Records, describe, read_records
+
+def settings(fit='2 epochs', **arms): return dict(common={'fit': fit}, arms={'none': 'nothing', **arms})
+
+def filled(path, n=2):
+    book = Records(settings(attention='A'), path)
+    for seed in range(n): book.add(dict(seed=seed, arm='attention', loss=.1+.2*seed))
+    return book
+
+def test_numbers_come_back_bit_by_bit(tmp_path):
+    book = filled(tmp_path/'r.json')
+    assert Records(settings(attention='A'), tmp_path/'r.json').runs == book.runs
+    assert book.find(1, 'attention')['loss'] == .1+.2
+
+def test_nan_is_null(tmp_path):
+    book = Records(settings(), tmp_path/'r.json')
+    book.add(dict(seed=0, arm='none', loss=float('nan'), metrics={'a': float('inf')}, start=[1., float('nan')]))
+    held = json.loads((tmp_path/'r.json').read_text(), parse_constant=lambda c: pytest.fail(f'{c} is no JSON'))
+    assert held['runs'] == [dict(seed=0, arm='none', loss=None, metrics={'a': None}, start=[1., None])] == book.runs
+
+@pytest.mark.parametrize('other,words', [(settings(fit='3 epochs'), 'fit was 2 epochs and is now 3 epochs'), (settings(attention='B'), "the arm 'attention' was A and is now B"),
+                                         (dict(common={'fit': '2 epochs', 'lr': '1'}, arms={}), 'lr was None and is now 1'), (dict(common={}, arms={}), 'fit was 2 epochs and is now None')], ids=named)
+def test_other_settings_are_refused_by_name(tmp_path, other, words):
+    filled(tmp_path/'r.json')
+    before = (tmp_path/'r.json').read_bytes()
+    with pytest.raises(ValueError, match=words): Records(other, tmp_path/'r.json')
+    assert (tmp_path/'r.json').read_bytes() == before
+
+def test_arms_may_be_added_and_left_out(tmp_path):
+    filled(tmp_path/'r.json')
+    book = Records(settings(conv3='C'), tmp_path/'r.json')
+    book.add(dict(seed=0, arm='conv3', loss=1.))
+    held,runs = read_records(tmp_path/'r.json')
+    assert list(held['arms']) == ['none', 'attention', 'conv3'] and len(runs) == 3
+
+@pytest.mark.parametrize('where', ['write', 'fsync', 'replace'])
+@pytest.mark.parametrize('error', [OSError('full'), KeyboardInterrupt()], ids=['full disk', 'Ctrl-C'])
+def test_interruption_leaves_a_whole_file(tmp_path, monkeypatch, where, error):
+    book = filled(tmp_path/'r.json')
+    before = (tmp_path/'r.json').read_bytes()
+    def fail(*args, **kwargs): raise error
+    if where == 'write':
+        plain = open
+        def half(*args, **kwargs):
+            f = plain(*args, **kwargs)
+            def write(text):
+                type(f).write(f, text[:len(text)//2])
+                raise error
+            return type('Half', (), dict(__enter__=lambda s: s, __exit__=lambda s, *e: f.close(), write=staticmethod(write)))()
+        monkeypatch.setattr(records, 'open', half, raising=False)
+    else: monkeypatch.setattr(os, where, fail)
+    with pytest.raises(type(error)): book.add(dict(seed=7, arm='none', loss=1.))
+    monkeypatch.undo()
+    assert (tmp_path/'r.json').read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ['r.json']
+
+@pytest.mark.parametrize('text', ['', '{"a": ', '{"a": 1}', '[1]'])
+def test_a_file_of_something_else_is_left_alone(tmp_path, text):
+    (tmp_path/'r.json').write_text(text)
+    with pytest.raises(ValueError, match='r.json'): Records(settings(), tmp_path/'r.json')
+    assert (tmp_path/'r.json').read_text() == text
+
+def test_no_folder(tmp_path):
+    with pytest.raises(ValueError, match='no folder'): Records(settings(), tmp_path/'a'/'r.json')
+
+code = '''
+from functools import partial
+from fastai_selfattn.compare.records import describe
+def make(dls, names={'a', 'b', 'c'}): return [x for x in dls if x in {'u', 'v', 'w'}]
+def outer(k): return lambda x: k*make(x)
+print(describe([make, outer(3), partial(make, names=2), True, 'a', {'k': (1, 2.5)}, {'z', 'y'}]))
+'''
+
+def test_described_alike_in_other_processes():
+    "Sets are not in the same order in every process, and line numbers do not count"
+    import sys
+    said = {run(sys.executable, '-W', 'ignore', '-c', lines+code, cwd=root, PYTHONHASHSEED=seed) for lines,seed in (('', '1'), ('\n# a comment\n', '2'), ('', '3'))}
+    assert len(said) == 1 and 'make #' in said.pop()
+
+def test_described_by_what_they_do():
+    def f(k, d=1): return lambda x, y=d: x+k
+    ways = [f(1), f(2), f(1, 2), lambda x: x+1, lambda x: x-1, lambda x: len(x), lambda x: sum(x), lambda x: [i+1 for i in x], lambda x: [i+2 for i in x]]
+    assert len({describe(w) for w in ways}) == len(ways)
+    assert describe(f(1)) == describe(f(1))
