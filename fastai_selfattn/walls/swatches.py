@@ -8,7 +8,7 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/walls/swatches.html.
 __all__ = ['SwatchExample', 'swatch_example', 'psnr', 'swatch_dls', 'swatch_mask', 'SwatchPSNR', 'ColourConv', 'SwatchNet',
            'swatch_learner', 'swatch_errors', 'weight_on', 'swatch_weights']
 
-# %% ../../nbs/api/walls/swatches.ipynb #cf44499d
+# %% ../../nbs/api/walls/swatches.ipynb #8193e069
 from collections import namedtuple
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -34,7 +34,7 @@ from ..seeing.gamma_logger import GammaLogger
 from ..seeing.record import AttentionRecorder
 from .rooms import render_room
 
-# %% ../../nbs/api/walls/swatches.ipynb #63e175f9
+# %% ../../nbs/api/walls/swatches.ipynb #1335f5f6
 _luma = np.array([.299,.587,.114], np.float32)
 
 def _mixed(
@@ -45,7 +45,7 @@ def _mixed(
     light,grey = (paint@_luma)[...,None],grey[...,None]
     return np.where(grey <= light, paint*grey/light, 1-(1-paint)*(1-grey)/(1-light))
 
-# %% ../../nbs/api/walls/swatches.ipynb #59ac6175
+# %% ../../nbs/api/walls/swatches.ipynb #07509138
 def _paints(rng, n):
     "Colours (n, 3) of n paints, the lightness of each in another one of n equal steps from .12 to .88"
     light = .12 + .76*(rng.permutation(n) + rng.uniform(.2, .8, n))/n
@@ -53,7 +53,7 @@ def _paints(rng, n):
     off = abs(tries@_luma - light[:,None]) + 9*(np.ptp(tries, 2) < .3)     # the nearest, but no dull one
     return _mixed(tries[np.arange(n), off.argmin(1)], light)
 
-# %% ../../nbs/api/walls/swatches.ipynb #379d6f82
+# %% ../../nbs/api/walls/swatches.ipynb #516e7aeb
 def _depth(inside, most):
     "How many steps each pixel is away from what is not `inside`, counting up to `most`"
     depth = np.zeros(inside.shape, int)
@@ -77,7 +77,7 @@ def _swatches(
         swatch |= (paint == k) & ((rows-row)**2 + (cols-col)**2 <= radius**2)
     return swatch
 
-# %% ../../nbs/api/walls/swatches.ipynb #60cd3df1
+# %% ../../nbs/api/walls/swatches.ipynb #1e25a732
 def _flat(rng, size):
     "Target, float (size, size, 3), grey and paint (size, size) of a picture of flat surfaces"
     points = rng.random((rng.integers(10, 25), 2))*size
@@ -89,7 +89,7 @@ def _flat(rng, size):
     target = _paints(rng, len(found))[paint]
     return target,target@_luma + .04*rng.standard_normal((size, size)),paint
 
-# %% ../../nbs/api/walls/swatches.ipynb #9a7471ec
+# %% ../../nbs/api/walls/swatches.ipynb #d446e0b6
 def _room(seed, size, most=8, least=.02):
     "Target, float (size, size, 3), grey and paint (size, size) of a rendered room: the `most` paints that cover `least` of it have numbers"
     photo,_,material = render_room(seed, size, paints=True)
@@ -100,7 +100,7 @@ def _room(seed, size, most=8, least=.02):
         if counts[j] >= least*paint.size: paint[material == numbers[j]] = i
     return target,target@_luma,paint
 
-# %% ../../nbs/api/walls/swatches.ipynb #ecf2bda1
+# %% ../../nbs/api/walls/swatches.ipynb #560678d5
 SwatchExample = namedtuple('SwatchExample', 'picture target paint swatch')
 
 def _without_dull(target, grey, paint, swatch, least=8):
@@ -126,12 +126,12 @@ def swatch_example(
     seed:int, # another seed is another picture
     form:str='flat', # 'flat' surfaces, or rendered 'rooms'
     size:int=40, # side in pixels
-)->SwatchExample: # picture and target, uint8 (size, size, 3); number of the paint, int8, -1 where no swatch tells it; where a swatch is, bool
+)->SwatchExample: # picture and target, uint8 (size, size, 3); number of the paint, int8, -1 without a swatch; where a swatch is, bool
     "A picture to paint by swatch, and what it is to become; `ValueError`/`TypeError` unless there can be one"
     if form not in ('flat','rooms'): raise ValueError(f"`form` must be 'flat' or 'rooms', got {form!r}")
     return _example(*check_whole(0, seed=seed), form, *check_whole(16, 'pixels', size=size))
 
-# %% ../../nbs/api/walls/swatches.ipynb #7e8741ae
+# %% ../../nbs/api/walls/swatches.ipynb #138625f9
 def psnr(
     mse, # mean squared error of values from 0 to 1: number or array
 ): # dB
@@ -140,7 +140,7 @@ def psnr(
 
 def _squared(painted, target): return ((painted/255. - target/255.)**2).mean(-1)     # of uint8 pictures (h, w, 3), by pixel
 
-# %% ../../nbs/api/walls/swatches.ipynb #f4692f82
+# %% ../../nbs/api/walls/swatches.ipynb #c4e42445
 def _part(seed, part, form, size): return getattr(swatch_example(seed, form, size), part)
 
 def swatch_dls(
@@ -160,7 +160,7 @@ def swatch_dls(
     block = DataBlock((ImageBlock,ImageBlock), get_x=x, get_y=y, splitter=IndexSplitter(range(n, n+n_valid)))
     return block.dataloaders([*range(start, start+n), *range(n_valid)], bs=bs, num_workers=0)
 
-# %% ../../nbs/api/walls/swatches.ipynb #a55850cd
+# %% ../../nbs/api/walls/swatches.ipynb #007e15df
 def swatch_mask(
     x:Tensor, # (bs, 3, h, w) pictures, values 0 to 1
 )->Tensor: # (bs, h, w) bool
@@ -168,7 +168,7 @@ def swatch_mask(
     x = x.as_subclass(Tensor)
     return x.amax(1) - x.amin(1) > 4/255
 
-# %% ../../nbs/api/walls/swatches.ipynb #a40775f0
+# %% ../../nbs/api/walls/swatches.ipynb #be15c587
 class SwatchPSNR(Metric):
     "PSNR in dB over the pixels that no swatch shows, of all pictures together"
     def reset(self): self.total,self.n = 0.,0
@@ -182,7 +182,7 @@ class SwatchPSNR(Metric):
     @property
     def name(self): return 'psnr'
 
-# %% ../../nbs/api/walls/swatches.ipynb #d651db22
+# %% ../../nbs/api/walls/swatches.ipynb #3559fa08
 class ColourConv(nn.Module):
     "A 3x3 conv over pictures (bs, 3, h, w) and over where they show colour: as if that were their fourth channel"
     def __init__(self,
@@ -194,7 +194,7 @@ class ColourConv(nn.Module):
     def forward(self, x): return self.picture(x) + self.mask(swatch_mask(x)[:,None].to(x.dtype))
 
 class SwatchNet(nn.Module):
-    "Pictures (bs, 3, h, w) to painted pictures (bs, 3, h, w), by convs that see about 8 pixels to each side; attention can go behind `middle`"
+    "Pictures (bs, 3, h, w) to painted pictures (bs, 3, h, w), by convs that see 8 pixels to each side; attention goes behind `middle`"
     def __init__(self,
         c:int=48, # channels of the middle, even
     ):
@@ -210,7 +210,7 @@ class SwatchNet(nn.Module):
         back = self.up(self.middle(self.down(fine)))
         return self.head(torch.cat([fine, back[...,:fine.shape[2],:fine.shape[3]]], 1))     # of odd sides the last row is too much
 
-# %% ../../nbs/api/walls/swatches.ipynb #78058541
+# %% ../../nbs/api/walls/swatches.ipynb #bf4df9b1
 def swatch_learner(
     dls:DataLoaders, # from `swatch_dls`
     self_attention:bool=True, # attention behind the middle
@@ -218,12 +218,13 @@ def swatch_learner(
     **layer_args, # for `layer`, such as `gamma=1.`
 )->Learner: # with PSNR; with a `GammaLogger` if it has attention
     "A `SwatchNet` to train, with attention or without; `TypeError` for options of a layer that is not wanted"
-    if layer_args and not self_attention: raise TypeError(f"{', '.join(layer_args)}: options of attention, but `self_attention` is {self_attention}")
+    if layer_args and not self_attention:
+        raise TypeError(f"{', '.join(layer_args)}: options of attention, but `self_attention` is {self_attention}")
     model = SwatchNet()
     if self_attention: model.middle.append(layer(48, **layer_args))
     return Learner(dls, model, loss_func=MSELossFlat(), metrics=SwatchPSNR(), cbs=[GammaLogger()] if self_attention else [])
 
-# %% ../../nbs/api/walls/swatches.ipynb #67b2b800
+# %% ../../nbs/api/walls/swatches.ipynb #e9fb1438
 def _as_batch(examples, part='picture'):
     "(bs, 3, h, w) pictures, values 0 to 1"
     return torch.from_numpy(np.stack([getattr(e, part) for e in examples])).permute(0, 3, 1, 2)/255.
@@ -241,7 +242,7 @@ def _distance(e):
 def swatch_errors(
     model:nn.Module|Learner, # from pictures to painted pictures
     examples:Sequence[SwatchExample], # of one size
-)->pd.DataFrame: # `picture` by its place among `examples`, `paints` in it, `distance` to the middle of the own swatch, NaN where there is none, `mse`
+)->pd.DataFrame: # `picture` by its place among `examples`, `paints` in it, `distance` to the own swatch's middle, NaN if none, `mse`
     "A row for each pixel that no swatch shows, with its squared error"
     model,_ = model_and_learner(model)
     device = next(model.parameters()).device
@@ -250,10 +251,11 @@ def swatch_errors(
         x,y = (_as_batch([e], part).to(device) for part in ('picture','target'))
         with eval_mode(model): mse = (model(x) - y).square().mean(1)[0].cpu().numpy()
         hidden = ~e.swatch
-        tables.append(pd.DataFrame(dict(picture=i, paints=len(np.unique(e.paint[e.swatch])), distance=_distance(e)[hidden], mse=mse[hidden])))
+        paints = len(np.unique(e.paint[e.swatch]))
+        tables.append(pd.DataFrame(dict(picture=i, paints=paints, distance=_distance(e)[hidden], mse=mse[hidden])))
     return pd.concat(tables, ignore_index=True)
 
-# %% ../../nbs/api/walls/swatches.ipynb #70520a6d
+# %% ../../nbs/api/walls/swatches.ipynb #684d56f4
 def weight_on(
     maps:Tensor, # (..., mh, mw) weights that sum to 1, as rows of `AttentionRecorder.maps`
     mask, # (h, w) bool, pixels of the picture
@@ -262,9 +264,9 @@ def weight_on(
     mask = torch.as_tensor(np.array(mask), dtype=maps.dtype, device=maps.device)
     return (maps*F.adaptive_max_pool2d(mask[None], maps.shape[-2:])[0]).sum((-2,-1))
 
-# %% ../../nbs/api/walls/swatches.ipynb #a0cbd16a
+# %% ../../nbs/api/walls/swatches.ipynb #3af2a0af
 def _marked(maps, e):
-    "Means over the query pixels that have a swatch of the weight on it and on their paint, and of what even maps have: maps (mh, mw, kh, kw)"
+    "Means over query pixels with a swatch of the weight on it and on their paint, and of what even maps have: maps (mh, mw, kh, kw)"
     rows,cols = ((2*np.arange(n)+1)*side//(2*n) for n,side in zip(maps.shape, e.paint.shape))     # the middles of the cells
     asking = e.paint[rows[:,None],cols]
     even = torch.full_like(maps[0,0], 1/maps[0,0].numel())
@@ -280,7 +282,7 @@ def swatch_weights(
     examples:Sequence[SwatchExample], # of one size
     layers:str|Sequence[str]=None, # names or patterns of layers; all if None
 )->pd.DataFrame: # a row a layer and picture
-    "How much of the weight of attention lies on the own swatch and on the own paint, and how much even maps would have there; `ValueError` as `AttentionRecorder`"
+    "Weight of attention on the own swatch and the own paint, and what even maps would have there; `ValueError` as `AttentionRecorder`"
     model,_ = model_and_learner(model)
     device = next(model.parameters()).device
     rows = []
