@@ -146,7 +146,8 @@ def test_constructors_begin_with_the_arguments_of_fastai(name):
 
 @each
 def test_options_default_to_what_fastai_does(cls):
-    want = dict(norm_type=NormType.Spectral, gamma=0.) | (dict(ks=1, sym=False) if cls is SimpleSelfAttention else dict(reduction=8, heads=1, pool=2 if cls is PooledSelfAttention2d else 1, softmax=True))
+    softmax = dict(reduction=8, heads=1, pool=2 if cls is PooledSelfAttention2d else 1, softmax=True, scale=1., unit=False, learn_scale=False)
+    want = dict(norm_type=NormType.Spectral, gamma=0.) | (dict(ks=1, sym=False) if cls is SimpleSelfAttention else softmax)
     assert {p.name: p.default for p in list(inspect.signature(cls).parameters.values())[1:]} == want
     layer = cls(24)
     assert list(layer.gamma) == [0] and {k: v for k, v in want.items() if k != 'gamma'} == {k: getattr(layer, k) for k in want if k != 'gamma'}
