@@ -249,7 +249,7 @@ def plot(self:Comparison,
         ax.plot(d.gains, [y-.2]*d.n, 'o', ms=4.5, mfc='none', mec=color, mew=1, alpha=.8)
         if d.n > 1: ax.plot([d.low,d.high], [y,y], color=color, lw=3, alpha=.6, solid_capstyle='butt')
         if d.n: ax.plot(d.mean, y, 'D', ms=6.5, color=color)
-    direction = ', lower turned into better' if self.lower_is_better else ''
+    direction = f' (positive: lower {self.metric})' if self.lower_is_better else ''
     ax.set(yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms)-.5,-.5), xlabel=f'gain in {self.metric} over none{direction}')
     ax.spines[['top','right','left']].set_visible(False)
     ax.tick_params(axis='y', length=0)
