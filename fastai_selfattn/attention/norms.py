@@ -9,8 +9,8 @@ __all__ = []
 
 # %% ../../nbs/api/attention/norms.ipynb #68eddcaa
 import copy
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +49,10 @@ class _Conv:
 
 # %% ../../nbs/api/attention/norms.ipynb #e9bd3954
 @torch.no_grad()
-def _power_step(weight, u, v):
+def _power_step(weight, u, v, eps):
     "Move `u` and `v` one step towards the first singular vectors of the matrix `weight`, as PyTorch's hook does"
-    F.normalize(torch.mv(weight.t(), u), dim=0, out=v)
-    F.normalize(torch.mv(weight, v), dim=0, out=u)
+    F.normalize(torch.mv(weight.t(), u), dim=0, eps=eps, out=v)
+    F.normalize(torch.mv(weight, v), dim=0, eps=eps, out=u)
 
 # %% ../../nbs/api/attention/norms.ipynb #37bb37c2
 @torch.library.custom_op('fastai_selfattn::power_iteration', mutates_args=('u','v'))
@@ -71,14 +71,13 @@ def _settle(conv): _power_iteration(conv.weight_orig.flatten(1), conv.weight_u, 
 
 def _unrecorded(f, *args):
     "Call `f` so that a `torch.jit.trace` under way does not see it: tracing is per thread"
-    thread = threading.Thread(target=f, args=args)
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1) as pool: pool.submit(f, *args).result()     # raises what `f` raises
 
 # %% ../../nbs/api/attention/norms.ipynb #9c533a71
 class _SpectralConv(_Conv):
     "A conv divided by its largest singular value (spectral normalization, arXiv 1802.05957); state dict as `torch.nn.utils.spectral_norm`"
     norm_type,_settled = NormType.Spectral,False
+    _n_steps,_eps = 1,1e-12     # of the power iteration, as PyTorch's hook has them
 
     @property
     def weight(self):
@@ -98,7 +97,8 @@ class _SpectralConv(_Conv):
 
     def step(self):
         self.settle()
-        if self.training: _power_step(self.weight_orig.flatten(1), self.weight_u, self.weight_v)
+        if not self.training: return
+        for _ in range(self._n_steps): _power_step(self.weight_orig.flatten(1), self.weight_u, self.weight_v, self._eps)
 
     def _save_to_state_dict(self, *args, **kwargs):
         self.settle()
@@ -132,15 +132,13 @@ _all = PlainConv1d,PlainConv2d,SpectralConv1d,SpectralConv2d,WeightConv1d,Weight
 _classes = {(cls.norm_type,cls.__bases__[1]):cls for cls in _all}
 
 # %% ../../nbs/api/attention/norms.ipynb #3b44e3be
-def _norm_of(conv):
-    "The norm that PyTorch's hook gives a conv; None if it has no hook; `ValueError` if its weight is made in a way that is not known here"
-    norms = [h for h in conv._forward_pre_hooks.values() if isinstance(h, (SpectralNorm,WeightNorm))]
-    if not norms and 'weight' in dict(conv.named_parameters(recurse=False)): return None
-    if len(norms) != 1 or norms[0].name != 'weight' or norms[0].dim != 0:
-        raise ValueError("its weight is not a parameter and not made by one norm over filters")
-    if isinstance(norms[0], WeightNorm): return NormType.Weight
-    if norms[0].n_power_iterations != 1: raise ValueError(f"its spectral norm takes {norms[0].n_power_iterations} steps at once")
-    return NormType.Spectral
+def _norm_hooks(conv): return [h for h in conv._forward_pre_hooks.values() if isinstance(h, (SpectralNorm,WeightNorm))]
+
+def _remove(conv, hook):
+    "Take PyTorch's norm off `conv`, whose normalised weight becomes a parameter"
+    (remove_spectral_norm if isinstance(hook, SpectralNorm) else remove_weight_norm)(conv, hook.name)
+    hooks = conv._load_state_dict_pre_hooks     # where `remove_spectral_norm` looks in vain for its own: it stands there wrapped
+    for i in [i for i,h in hooks.items() if isinstance(getattr(h, 'hook', h), SpectralNormLoadStateDictPreHook)]: del hooks[i]
 
 # %% ../../nbs/api/attention/norms.ipynb #b2e8abba
 def _register(conv, tensors):
@@ -148,12 +146,9 @@ def _register(conv, tensors):
         if isinstance(t, nn.Parameter): conv.register_parameter(name, t)
         else: conv.register_buffer(name, t)
 
-def _tensors(conv): return dict((*conv.named_parameters(recurse=False), *conv.named_buffers(recurse=False)))
+_types = {SpectralNorm:NormType.Spectral, WeightNorm:NormType.Weight, type(None):None}
 
-def _forget_loading(conv):
-    "Take off what `spectral_norm` does when a state dict is loaded, which `remove_spectral_norm` does not find: it stands there wrapped"
-    hooks = conv._load_state_dict_pre_hooks
-    for i in [i for i,h in hooks.items() if isinstance(getattr(h, 'hook', h), SpectralNormLoadStateDictPreHook)]: del hooks[i]
+def _tensors(conv): return dict((*conv.named_parameters(recurse=False), *conv.named_buffers(recurse=False)))
 
 def _undo(conv):
     "A function that makes `conv` what it is now"
@@ -176,16 +171,17 @@ def without_hook(
     "Let `conv` make its normalised weight itself, in place; any other module stays as it is"
     undo = _undo(conv)
     if type(conv) not in (nn.Conv1d,nn.Conv2d): return undo
-    try: norm_type = _norm_of(conv)
-    except ValueError: return undo
-    if norm_type:
+    hook,*more = _norm_hooks(conv) or [None]
+    is_known = (hook.name,hook.dim) == ('weight',0) if hook else 'weight' in _tensors(conv)     # a norm over filters, or none
+    if more or not is_known: return undo
+    norm_type = _types[type(hook)]
+    if hook:
         tensors = _tensors(conv)
-        (remove_spectral_norm if norm_type == NormType.Spectral else remove_weight_norm)(conv)
-        _forget_loading(conv)
+        _remove(conv, hook)
         del conv.weight
         _register(conv, tensors)
     conv.__class__ = _classes[norm_type,type(conv)]
-    if norm_type == NormType.Spectral: conv._settled = settled
+    if norm_type == NormType.Spectral: conv._settled,conv._n_steps,conv._eps = settled,hook.n_power_iterations,hook.eps
     return undo
 
 # %% ../../nbs/api/attention/norms.ipynb #65dbfe15
@@ -208,7 +204,11 @@ def settle(
         if isinstance(m, _Conv): m.settle()
 
 # %% ../../nbs/api/attention/norms.ipynb #88a98e6a
-def normed(module): return [m for m in module.modules() if isinstance(m, _Conv) and m.norm_type]     # the convs with a norm
+def normed(
+    module:nn.Module, # any module
+)->list[nn.Module]:
+    "The modules inside that have a norm, made here or by a hook of PyTorch's"
+    return [m for m in module.modules() if (isinstance(m, _Conv) and m.norm_type) or _norm_hooks(m)]
 
 def next_weight(conv):
     "The weight that a call of `conv` would use; in training mode that moves the power iteration one step"
@@ -224,13 +224,17 @@ def is_plain(layer):
 # %% ../../nbs/api/attention/norms.ipynb #c5c134a9
 @torch.no_grad()
 def bake(
-    conv:_Conv, # a conv of this module, changed in place
+    conv:nn.Module, # one of `normed`, changed in place
 )->None:
-    "Make the normalised weight a plain parameter"
+    "Make the normalised weight a plain parameter, trainable if what it was made from was"
+    trains = (conv.weight_orig if hasattr(conv, 'weight_orig') else conv.weight_v).requires_grad
+    if not isinstance(conv, _Conv):
+        for hook in _norm_hooks(conv): _remove(conv, hook)
+        conv.weight.requires_grad_(trains)
+        return
     conv.settle()
-    weight,tensors = conv.weight.detach().clone(),_tensors(conv)
-    trains = tensors.get('weight_orig', conv.weight_v).requires_grad
-    for name in tensors: delattr(conv, name)
+    weight = conv.weight.detach().clone()
+    for name in _tensors(conv).keys() & {'weight_orig','weight_u','weight_v','weight_g'}: delattr(conv, name)
     conv.__class__ = _classes[None,type(conv).__bases__[1]]
-    vars(conv).pop('_settled', None)
-    conv.register_parameter('weight', nn.Parameter(weight, requires_grad=trains))
+    for name in ('_settled','_n_steps','_eps'): vars(conv).pop(name, None)
+    conv.weight = nn.Parameter(weight, requires_grad=trains)

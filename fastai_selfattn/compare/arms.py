@@ -15,11 +15,12 @@ from typing import NamedTuple
 from fastai.layers import ConvLayer
 from torch import Tensor, nn
 
-from ..attention.kinds import did_you_mean, has_vectors
+from ..attention.kinds import did_you_mean
 from ..attention.layers import SelfAttention
 from .records import describe
 from ..placement.price import check_layer, layer_name, make_layer
 from ..quiet import random_kept
+from ..seeing.effect import make_uniform
 
 # %% ../../nbs/api/compare/arms.ipynb #c64e6c91
 class GlobalContext(nn.Module):
@@ -85,8 +86,6 @@ class AsLarge:
         return {'ndim':len(site.map)} if func is ResidualConv else {}
 
 # %% ../../nbs/api/compare/arms.ipynb #7470d8df
-def _zero(module, args, out): return out*0
-
 class Uniform:
     "Makes attention layers whose every map is uniform; stands for `layer` in `insert_attention`"
     def __init__(self,
@@ -95,11 +94,8 @@ class Uniform:
 
     def __call__(self, n_channels, site):
         new = make_layer(self.layer, site, {})
-        asks = getattr(new, getattr(new, '_asks', ''), None)     # the conv that makes query vectors
-        if asks is None or not has_vectors(new):
-            raise ValueError(f"there is no way to make the maps of {layer_name(self.layer)} uniform, only those of `SelfAttention` "
-                             "and its subclasses, with a softmax: leave the arm 'uniform' out")
-        asks.register_forward_hook(_zero)
+        try: make_uniform(new)
+        except ValueError as e: raise ValueError(f"{e}: leave the arm 'uniform' out") from e
         return new
 
 # %% ../../nbs/api/compare/arms.ipynb #281d4d32

@@ -18,6 +18,7 @@ import torch
 from fastai.callback import progress  # noqa: F401  gives `Learner` its `no_bar`
 from fastai.learner import Learner
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..attention.kinds import attention_off, choose_layers
 from ..attention.layers import SelfAttention
@@ -29,7 +30,14 @@ def _has_softmax(layer):
     ours_or_fastais = SelfAttention,fastai.layers.SelfAttention,fastai.layers.PooledSelfAttention2d
     return isinstance(layer, ours_or_fastais) and getattr(layer, 'softmax', True)
 
-def _zeros(module, args, out): return torch.zeros_like(out)
+def _zero(module, args, out): return out*0     # not new zeros: in training its parameters get gradients, of 0
+
+def make_uniform(
+    layer:nn.Module, # an attention layer
+)->RemovableHandle: # whose `remove` undoes it
+    "Let every pixel attend to all alike from now on; `ValueError` unless the map of `layer` is a softmax of products"
+    if not _has_softmax(layer): raise ValueError(f"the map of {type(layer).__name__} is no softmax of products and cannot be made uniform")
+    return layer.query.register_forward_hook(_zero)
 
 # %% ../../nbs/api/seeing/effect.ipynb #cda1b59d
 @contextmanager
@@ -45,7 +53,7 @@ def attention_uniform(
                          "name the other layers in `layers`")
     with ExitStack() as stack:
         stack.enter_context(eagerly())
-        for m in chosen.values(): stack.callback(m.query.register_forward_hook(_zeros).remove)
+        for m in chosen.values(): stack.callback(make_uniform(m).remove)
         yield model.model if isinstance(model, Learner) else model
 
 # %% ../../nbs/api/seeing/effect.ipynb #cc3197a1

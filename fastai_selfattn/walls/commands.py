@@ -81,6 +81,7 @@ def _walls_args(argv):
     args = p.parse_args(argv)
     if args.data and args.n_rooms: p.error("--n-rooms is for the rooms that are made without --data: give one of the two")
     if args.wall_code is not None and not args.data: p.error("--wall-code is for the masks of --data, which is not given")
+    if args.no_attention and args.gamma: p.error("--gamma is for attention, which --no-attention leaves out: give one of the two")
     if not args.data: args.n_rooms = args.n_rooms or _N_ROOMS
     return args
 

@@ -1162,3 +1162,21 @@ def test_merging_keeps_scale_and_unit(options):
 @pytest.mark.parametrize('scale,error', [(0, ValueError), (-1., ValueError), (math.inf, ValueError), (math.nan, ValueError), (True, TypeError), ('8', TypeError), (None, TypeError)])
 def test_bad_scales_are_named(scale, error):
     with pytest.raises(error, match='`scale` must be'): SelfAttention(24, scale=scale)
+
+
+@pytest.mark.parametrize('cls,options', [(SelfAttention, dict(reduction=4)), (SelfAttention, dict(heads=3)), (SelfAttention, dict(pool=2)), (SelfAttention, dict(norm_type=None)), (SelfAttention, dict(softmax=False)),
+    (SelfAttention, dict(scale=3.)), (SelfAttention, dict(unit=True)), (SelfAttention, dict(learn_scale=True)), (PooledSelfAttention2d, dict(pool=1)), (SimpleSelfAttention, dict(ks=3)), (SimpleSelfAttention, dict(sym=True))], ids=str)
+def test_every_option_that_is_not_the_default_is_shown(cls, options):
+    (name, value), = options.items()
+    assert cls(24).extra_repr() == '24' and cls(24, **options).extra_repr() == f'24, {name}={value}'
+
+def test_fusing_leaves_nothing_unfused():
+    torch.manual_seed(2)
+    layer, x = SelfAttention(24, gamma=.7).eval(), torch.randn(2, 24, 5, 7)
+    class Own(nn.Conv1d): pass
+    layer.value[0] = nn.utils.spectral_norm(Own(24, 24, 1, bias=False))
+    layer.key[0].bias = nn.Parameter(torch.randn(3))
+    want = layer(x)
+    fused = fuse_attention(nn.Sequential(layer))
+    close(fused(x), want, rtol=1e-5, atol=1e-6)
+    assert sorted(k for k in fused.state_dict() if 'weight' in k or 'bias' in k) == ['0.key.0.bias', '0.key.0.weight', '0.query.0.weight', '0.value.0.weight']

@@ -81,9 +81,9 @@ def test_undo_gives_the_very_conv_back(norm_type):
 
 class Own(nn.Conv1d): pass
 
-@pytest.mark.parametrize('make', [lambda: nn.Linear(3, 4), lambda: spectral_norm(Own(3, 4, 1)), lambda: spectral_norm(nn.Conv1d(3, 4, 1), n_power_iterations=3), lambda: spectral_norm(nn.Conv1d(3, 4, 1), dim=1),
+@pytest.mark.parametrize('make', [lambda: nn.Linear(3, 4), lambda: spectral_norm(Own(3, 4, 1)), lambda: spectral_norm(nn.Conv1d(3, 4, 1), dim=1),
                                   lambda: spectral_norm(weight_norm(nn.Conv1d(3, 4, 1)), 'weight_v'), lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Conv1d(3, 4, 1)), lambda: nn.Conv3d(3, 4, 1)],
-                         ids=['linear', 'subclass', 'three steps', 'other dim', 'two norms', 'parametrization', '3d'])
+                         ids=['linear', 'subclass', 'other dim', 'two norms', 'parametrization', '3d'])
 def test_what_is_not_known_stays_as_it_is(make):
     conv = make()
     before = vars(conv).copy()
@@ -162,3 +162,47 @@ def test_a_trace_does_not_see_the_settling(train):
     assert 'power_iteration' not in str(traced.inlined_graph)
     if not train: torch.testing.assert_close(traced(x), layer(x))
     assert sigma(layer[0]) == pytest.approx(1, abs=1e-3)
+
+
+def test_steps_and_eps_of_the_hook_are_kept():
+    def make():
+        torch.manual_seed(7)
+        return spectral_norm(nn.Conv1d(24, 5, 1), n_power_iterations=3, eps=1.)     # so large that it counts
+    theirs, ours = make(), make()
+    without_hook(ours, settled=True)
+    x = pixels(ours)
+    for _ in range(2):
+        y = ours(x)
+        assert y.isfinite().all() and torch.equal(y, theirs(x)) and torch.equal(ours.weight_u, theirs.weight_u)
+    assert ours.weight_u.norm() < .9 and torch.equal(copy.deepcopy(ours).eval()(x), theirs.eval()(x))
+
+@pytest.mark.parametrize('norm_type', [NormType.Spectral, NormType.Weight], ids=named)
+@pytest.mark.parametrize('ks', [1, 3])
+def test_baking_keeps_a_bias(norm_type, ks):
+    theirs, ours = pair(norm_type, ks=ks)
+    x = pixels(ours)
+    before = ours.eval()(x)
+    bake(ours)
+    torch.testing.assert_close(ours(x), before, rtol=0, atol=0)
+    assert ours.bias is not None and sorted(dict(ours.named_parameters())) == ['bias', 'weight'] and not list(ours.buffers())
+
+@each_norm
+def test_what_stays_hooked_is_baked_too(norm_type):
+    torch.manual_seed(1)
+    conv = hooks[norm_type](Own(24, 5, 1)).eval()
+    (conv.weight_orig if norm_type == NormType.Spectral else conv.weight_v).requires_grad_(False)
+    x = pixels(conv)
+    want, model = conv(x), nn.Sequential(conv)
+    assert norms.normed(model) == [conv]
+    bake(conv)
+    torch.testing.assert_close(conv(x), want)
+    assert norms.normed(model) == [] and list(conv.state_dict()) == ['bias', 'weight'] and not conv.weight.requires_grad
+    conv.load_state_dict(conv.state_dict())
+
+@pytest.mark.filterwarnings('ignore')
+def test_an_error_while_settling_under_a_trace_is_raised(monkeypatch):
+    layer = normed_conv(24, 5).eval()
+    def broken(conv): raise RuntimeError('broken')
+    monkeypatch.setattr(norms, '_settle', broken)
+    with pytest.raises(RuntimeError, match='broken'): torch.jit.trace(layer, torch.randn(2, 24, 7))
+    assert not layer[0]._settled

@@ -67,7 +67,7 @@ def test_uniform_gives_the_mean_of_the_values():
 
 @pytest.mark.parametrize('make', [SimpleSelfAttention, partial(SelfAttention, softmax=False), nn.Identity], ids=named)
 def test_no_uniform_maps_where_there_is_no_softmax_of_ours(make):
-    with pytest.raises(ValueError, match='no way to make the maps'): Uniform(make)(16, site(16))
+    with pytest.raises(ValueError, match="cannot be made uniform: leave the arm 'uniform' out"): Uniform(make)(16, site(16))
 
 def test_context_adds_one_vector_to_all_pixels_and_depends_on_all():
     block,x = GlobalContext(12, 5),torch.randn(2, 12, 5, 7)

@@ -318,3 +318,16 @@ def test_no_wall_is_said(finished, photo, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(walls, 'wall_probability', lambda learn, photo: torch.zeros(photo.size[::-1]))
     assert recolor_main(['--model', str(finished[0]/'export.pkl'), '--color', 'teal', '--out', str(tmp_path/'new'), str(photo)]) == 0
     assert 'no wall found, picture unchanged' in capfd.readouterr().out
+
+
+def test_gamma_starts_where_it_is_told_and_the_report_says_what_attention_did(rooms, tmp_path):
+    assert walls_main([*TINY, '--data', str(rooms), '--gamma', '.8', '--out', str(tmp_path/'run')]) == 0
+    gamma = pd.read_csv(tmp_path/'run'/'table.csv')['gamma']
+    assert gamma.iloc[0] == pytest.approx(.8, abs=.1)
+    report = (tmp_path/'run'/'report.md').read_text()
+    on, off, uniform = map(float, re.search(r'Dice ([\d.]+) \(on\), ([\d.]+) \(off\), ([\d.]+) \(uniform maps\): attention changes the features by \d+%', report).groups())
+    assert on == pytest.approx(float(re.search(r'Test Dice ([\d.]+)', report)[1]), abs=1e-3) and max(on, off, uniform) <= 1
+
+def test_without_attention_there_is_no_gamma_to_start(rooms, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e: walls_main([*TINY, '--data', str(rooms), '--no-attention', '--gamma', '.8', '--out', str(tmp_path/'run')])
+    assert e.value.code == 2 and '--gamma is for attention' in capsys.readouterr().err and not (tmp_path/'run').exists()
