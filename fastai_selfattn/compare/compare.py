@@ -8,6 +8,7 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/compare/compare.html
 __all__ = ['compare_attention']
 
 # %% ../../nbs/api/compare/compare.ipynb #681702fd
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,6 +27,7 @@ from .results import ONE_SPLIT, Comparison, find_metric
 from .runs import Recipe, build, run, seed_all, undone
 from ..placement.price import check_layer
 from ..placement.sites import Site
+from ..placement.unet import unet_learner
 from ..quiet import check_whole, random_kept
 
 # %% ../../nbs/api/compare/compare.ipynb #f6cbe396
@@ -98,9 +100,28 @@ def _finish(records, recipe, dls, seeds, placed, choose):
         others = [r for r in records.runs if r['seed'] == seed]
         records.add(run(recipe, data[seed], seed, *placed[name], others))
 
+# %% ../../nbs/api/compare/compare.ipynb #35d2c401
+def _is_architecture(arch):
+    if isinstance(arch, str): return True
+    try: params = inspect.signature(arch).parameters
+    except (TypeError,ValueError): return False
+    needed = [p for p in params.values() if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY,p.POSITIONAL_OR_KEYWORD,p.KEYWORD_ONLY)]
+    return not needed and not params.keys().isdisjoint({'pretrained','weights'})
+
+def _maker(arch, learner, learner_args):
+    "A function of DataLoaders that makes a Learner"
+    if _is_architecture(arch): return partial(learner, arch=arch, **(learner_args or {}))
+    if not callable(arch):
+        raise TypeError(f"`arch` must be an architecture, or a function of DataLoaders that makes a Learner, got {type(arch).__name__}")
+    if learner is not unet_learner or learner_args:
+        raise ValueError("`learner` and `learner_args` are for an architecture, and `arch` is a function that makes a Learner itself: "
+                         "leave them out")
+    return arch
+
+# %% ../../nbs/api/compare/compare.ipynb #d7c2f1b4
 def compare_attention(
     dls:DataLoaders|Callable[[int],DataLoaders], # data, or a function of the seed that makes them, so that the split varies too
-    make:Callable[[DataLoaders],Learner], # makes a new Learner, such as `lambda dls: unet_learner(dls, resnet18, metrics=Dice())`
+    arch:str|Callable, # an architecture, such as resnet34 or the name of one of timm; or a function of DataLoaders that makes a Learner
     where:bool|str|Sequence|Callable[[Site],bool]|Mapping=True, # as `insert_attention` takes it; {'name': where} to compare places
     arms:Sequence[str]|Mapping=('attention','uniform','context','conv3'), # what is compared with `none`; 'conv1' too, or {'name': layer}
     seeds:int|Sequence[int]=5, # how many, or which
@@ -114,12 +135,14 @@ def compare_attention(
     layer:Callable[...,nn.Module]=SelfAttention, # of the arm `attention`, and of `uniform`
     max_side:int=None, # only maps with no side longer than this, in cells
     side:int=None, # only maps whose longest side is this, in cells
+    learner:Callable[...,Learner]=unet_learner, # what makes a Learner of an architecture; `vision_learner` for classes
+    learner_args:Mapping=None, # more for `learner`, such as `dict(metrics=Dice(), pretrained=False)`
     **layer_args # for `layer`, such as `gamma=1.`
 )->Comparison: # prints as a sentence, a table and notes; has `plot()`
     "Train nets that differ by attention alone, and say whether it helps; `ValueError`/`TypeError` before any training if that cannot be"
     if not isinstance(dls, DataLoaders) and not callable(dls):
         raise TypeError(f"`dls` must be DataLoaders or a function of the seed that makes them, got {type(dls).__name__}")
-    if not callable(make): raise TypeError(f"`make` must be a function of DataLoaders that makes a Learner, got {type(make).__name__}")
+    make = _maker(arch, learner, learner_args)
     check_layer(layer)
     train,training = _training(epochs, lr, fit)
     placed,seeds = _placed(find_arms(arms, partial(layer, **layer_args) if layer_args else layer), where),_seeds(seeds)

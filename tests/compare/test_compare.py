@@ -105,9 +105,9 @@ def other_net(dls): return Learner(dls, nn.Sequential(nn.Conv1d(5, 16, 1), nn.Co
 @pytest.mark.parametrize('change,words', [
     (dict(epochs=2), r'training was fit_one_cycle\(1, 0.1\) and is now fit_one_cycle\(2, 0.1\)'), (dict(lr=.2), 'training was'), (dict(fit='fit'), 'training was'),
     (dict(gamma=0.), "the arm 'attention' was"), (dict(where='1'), "the arm 'attention' was"), (dict(how='replace', where='1'), "the arm 'attention' was"),
-    (dict(make=other_net), 'make was'), (dict(dls=lambda seed: few(seed)), 'data was')], ids=named)
+    (dict(arch=other_net), 'make was'), (dict(dls=lambda seed: few(seed)), 'data was')], ids=named)
 def test_other_settings_are_refused(tmp_path, change, words):
-    given = dict(dls=few, make=net, **settings, seeds=1, path=tmp_path/'r.json')
+    given = dict(dls=few, arch=net, **settings, seeds=1, path=tmp_path/'r.json')
     compare_attention(**given)
     before = (tmp_path/'r.json').read_bytes()
     with pytest.raises(ValueError, match=words): compare_attention(**given | change)
@@ -155,14 +155,14 @@ def test_a_failed_arm_is_not_hidden(tmp_path):
     c.plot()
 
 @pytest.mark.parametrize('change,error,words', [
-    (dict(dls=3), TypeError, 'DataLoaders or a function'), (dict(dls=lambda seed: seed), TypeError, 'must give DataLoaders'), (dict(make=3), TypeError, 'function of DataLoaders'),
+    (dict(dls=3), TypeError, 'DataLoaders or a function'), (dict(dls=lambda seed: seed), TypeError, 'must give DataLoaders'), (dict(arch=3), TypeError, 'function of DataLoaders'),
     (dict(where='middel'), ValueError, 'no site matches'), (dict(where={}), ValueError, 'several places'), (dict(arms=['unifrom']), ValueError, 'Did you mean'),
     (dict(seeds=0), ValueError, '1 or more'), (dict(epochs=None), ValueError, 'give `epochs`'), (dict(fit=lambda learn: None), ValueError, 'leave `epochs`'),
     (dict(fit='train'), TypeError, 'name of a method'), (dict(metric='dice'), ValueError, 'no metric'), (dict(layer=3), TypeError, '`layer` must be'),
     (dict(heads=5), ValueError, 'does not fit'), (dict(layer=nn.Identity, gamma=1., arms=['attention', 'uniform']), ValueError, 'does not fit'), (dict(how='before'), ValueError, '`how` must be')], ids=named)
 def test_what_does_not_fit_is_said_before_training(tmp_path, monkeypatch, change, error, words):
     monkeypatch.setattr(compare, 'run', lambda *args: pytest.fail('it trained'))
-    with pytest.raises(error, match=words): compare_attention(**dict(dls=few, make=net, **settings, seeds=1, path=tmp_path/'r.json') | change)
+    with pytest.raises(error, match=words): compare_attention(**dict(dls=few, arch=net, **settings, seeds=1, path=tmp_path/'r.json') | change)
     assert not list(tmp_path.iterdir())
 
 def test_unknown_direction_is_asked_for_before_training(monkeypatch):
@@ -188,13 +188,29 @@ def pictures(n=12, side=64, masks=True):
     return dls
 
 def test_unet_with_fastais_place():
-    make = partial(unet_learner, arch=small_encoder, pretrained=False, n_out=2, loss_func=CrossEntropyLossFlat(axis=1), normalize=False)
-    c = compare_attention(pictures(), make, arms=['attention'], seeds=1, fit=lambda learn: learn.fit(1, 1e-3))
+    given = dict(pretrained=False, n_out=2, loss_func=CrossEntropyLossFlat(axis=1), normalize=False)
+    c = compare_attention(pictures(), small_encoder, arms=['attention'], seeds=1, fit=lambda learn: learn.fit(1, 1e-3), learner_args=given)
     assert c.metric == 'loss' and c.table.loc['attention', 'parameters'] > 0
 
 def test_classifier():
-    def make(dls): return vision_learner(dls, small_encoder, pretrained=False, n_out=2, loss_func=CrossEntropyLossFlat(), metrics=accuracy, normalize=False)
-    c = compare_attention(pictures(masks=False), make, max_side=4, where='0.*', arms=['attention'], seeds=1, fit='fine_tune', epochs=1)
+    given = dict(pretrained=False, n_out=2, loss_func=CrossEntropyLossFlat(), metrics=accuracy, normalize=False)
+    c = compare_attention(pictures(masks=False), small_encoder, max_side=4, where='0.*', arms=['attention'], seeds=1, fit='fine_tune', epochs=1,
+                          learner=vision_learner, learner_args=given)
     assert c.metric == 'accuracy' and not c.lower_is_better and set(c.runs.arm) == {'none', 'attention'}
 
 def test_names_for_users(): assert everything.compare_attention is compare_attention and everything.Comparison is Comparison
+
+
+def own(dls, pretrained=False): return None
+def anything(*args, **kwargs): return None
+
+def test_architectures_are_told_from_functions_of_data():
+    from torchvision.models import resnet18, swin_t
+    from fastai.vision.models.xresnet import xresnet18
+    from fastai_selfattn.compare.compare import _is_architecture, _maker
+    for arch in (resnet18, swin_t, xresnet18, small_encoder, 'resnet18'): assert _is_architecture(arch), arch
+    for func in (own, anything, net, lambda dls: None, partial(unet_learner, arch=resnet18), nn.Linear, 3): assert not _is_architecture(func), func
+    with pytest.raises(TypeError, match='`arch` must be an architecture'): _maker(3, unet_learner, None)
+    for given in ((vision_learner, None), (unet_learner, dict(metrics=accuracy))):
+        with pytest.raises(ValueError, match='leave them out'): _maker(net, *given)
+    assert _maker(net, unet_learner, None) is net
