@@ -427,7 +427,7 @@ def test_stages_of_the_encoder_are_where_skips_read(strides):
     assert paths(sites)[blocks + 1:] == ['layers.3'] + [f'layers.{4+i}.conv2' for i in range(blocks)] and not any(s.reason for s in sites)
 
 
-@pytest.mark.parametrize('size', [(64, 96), 32, 16, (16, 96), 256], ids=named)
+@pytest.mark.parametrize('size', [(64, 96), 32, 16, (16, 96), 128], ids=named)
 def test_names_do_not_depend_on_the_size(resnet34_unet, size):
     sites = attention_sites(resnet34_unet, size)
     assert {s.name: s.path for s in sites} == {
@@ -451,8 +451,10 @@ def test_maps_of_a_unet(resnet34_unet):
     assert sites['middle'].into == (512, 2, 3) and sites['decoder.0'].into == (512, 4, 6)
 
 
-@pytest.mark.parametrize('arch', [resnet18, encoder(), encoder((2, 2, 2, 2)), encoder((1, 2, 2, 2)), encoder((1, 2, 2)), encoder((2, 1)), encoder((1, 1))], ids=['resnet18', *'543210'])
-@pytest.mark.parametrize('kwargs', [{}, dict(blur=True, last_cross=False, norm_type=fastai.layers.NormType.Spectral)], ids=['', 'others'])
+ENCODERS = {'5': encoder(), '4': encoder((2, 2, 2, 2)), '3': encoder((1, 2, 2, 2)), '2': encoder((1, 2, 2)), '1': encoder((2, 1)), '0': encoder((1, 1)), 'resnet18': resnet18}     # by changes of size
+OTHERS = dict(blur=True, last_cross=False, norm_type=fastai.layers.NormType.Spectral)
+
+@pytest.mark.parametrize('arch,kwargs', [pytest.param(arch, kwargs, id=f"{name}{'-others' if kwargs else ''}") for name, arch in ENCODERS.items() for kwargs in ({}, OTHERS) if (name, kwargs) != ('resnet18', OTHERS)])
 def test_fastais_own_place_is_where_fastai_puts_it(arch, kwargs):
     theirs = unet(arch, self_attention=True, **kwargs)
     put = [n.rpartition('.')[0] for n, m in theirs.named_modules() if type(m) is fastai.layers.SelfAttention]
@@ -609,7 +611,7 @@ x4 = torch.randn(5, 3, H, W)
     (lambda: nn.Sequential(nn.Conv1d(2, 16, 5), nn.ReLU()), (99,), '2x99', 'as given'), (lambda: nn.Sequential(nn.Conv1d(2, 16, 5), nn.ReLU()), (2, 99), '2x99', 'as given'),
     (lambda: nn.Sequential(nn.Conv3d(2, 4, 3), nn.ReLU()), (8, 9, 10), '2x8x9x10', 'as given'), (lambda: nn.Sequential(nn.Conv3d(2, 4, 3), nn.ReLU()), 9, '2x9x9x9', 'as given'),
     (lambda: nn.Sequential(nn.Conv2d(6, 9, 3, groups=3), nn.ReLU()), 11, '6x11x11', 'as given'),
-    (lambda: nn.Sequential(SelfAttention(3), nn.Conv2d(3, 9, 3)), (H, W), f'3x{H}x{W}', 'as given'), (lambda: nn.Sequential(SelfAttention(3), nn.Conv2d(3, 9, 3, 8)), None, '3x224x224', 'assumed'),
+    (lambda: nn.Sequential(SelfAttention(3), nn.Conv2d(3, 9, 3)), (H, W), f'3x{H}x{W}', 'as given'), (lambda: nn.Sequential(SelfAttention(3, pool=9), nn.Conv2d(3, 9, 3, 8)), None, '3x224x224', 'assumed'),
     (lambda: nn.Sequential(nn.MaxPool2d(2), nn.ReLU()), (2, 5, 6, 8), '5x6x8', 'as given'), (lambda: nn.Sequential(nn.MaxPool1d(2), nn.ReLU()), (2, 5, 6), '5x6', 'as given'),
     (lambda: nn.Sequential(nn.MaxPool2d(2), nn.ReLU()), x4, f'3x{H}x{W}', 'one image of the batch')], ids=lambda v: str(tuple(v.shape)) if isinstance(v, torch.Tensor) else None)
 def test_size_in_every_form(model, size, shape, says):
