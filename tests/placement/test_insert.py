@@ -1,10 +1,6 @@
 "Attention into a model and out again: not a bit of a prediction changes, a Learner goes on as its user expects, and what fails leaves no trace"
 import copy
-import inspect
-import os
 import pickle
-import re
-import subprocess
 from functools import partial
 
 import fastai.layers
@@ -12,13 +8,11 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import bin_dir, named
-from fastai.callback.core import Callback
-from fastai.callback.fp16 import MixedPrecision
+from conftest import named
 from fastai.data.core import Datasets
 from fastai.layers import ConvLayer, ResBlock
-from fastai.learner import Learner, load_learner
-from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
+from fastai.learner import Learner
+from fastai.optimizer import Adam
 from fastai.torch_core import params, set_seed
 import fastai.callback.all  # noqa: F401  patches `Learner`
 from fastai.vision.learner import create_timm_model, create_unet_model
@@ -31,10 +25,9 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
 
 from fastai_selfattn.placement import insert as insert_module
 from fastai_selfattn import learner  # noqa: F401  patches `Learner`
-from fastai_selfattn.seeing.gamma_logger import GammaLogger
 from fastai_selfattn.placement import optim as optim_module
 from fastai_selfattn.placement.insert import insert_attention, remove_attention
-from fastai_selfattn.placement.optim import AttentionHooks, AttentionSplitter, inserted_layers
+from fastai_selfattn.placement.optim import inserted_layers
 from fastai_selfattn.placement.skips import LetGo
 from timm.layers import EcaModule
 from timm.layers.bottleneck_attn import BottleneckAttn
