@@ -40,7 +40,8 @@ if os.environ.get('CI'): settings.load_profile('ci')
 
 # Why a test is slow, and how its name or file says so. `pytest -m "not slow"` leaves these out.
 SLOW = {'compiles, or exports to another format': r'compil|onnx|tensorboard|weights_and_biases',
-        'starts processes': r'processes|distributed|console_script|installed|wheel|ctrl_c|entry_points|pretrained|same_run|bench_loggers|test_csv|::\w*command',
+        'starts processes': r'process|distributed|console_script|installed|wheel|ctrl_c|entry_points|pretrained|same_run|bench_loggers|test_csv|::\w*command|'
+                            r'only_learner_patches|imported_by_the_module|repainted_at_its_own',
         'measures memory': r'memory|streamed|peak',
         'trains or builds whole U-Nets': r'bit_by_bit|test_encoders|test_folder|full_disk|goes_on_as|the_whole_journey|any_order|orders',
         'lays out many figures': r'titles_neither|looks_right',

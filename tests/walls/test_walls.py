@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +30,8 @@ def rooms(tmp_path_factory): return make_rooms(tmp_path_factory.mktemp('data')/'
 def finished(tmp_path_factory, rooms):
     "A finished run, and what it printed"
     out = tmp_path_factory.mktemp('runs')/'run'
-    res = subprocess.run([Path(sys.executable).parent/'selfattn-walls', *TINY, '--data', rooms, '--out', out], capture_output=True, text=True, cwd=out.parent)
-    assert res.returncode == 0, res.stderr
-    return out, res.stdout
+    with redirect_stdout(said := StringIO()): assert walls_main([*TINY, '--data', str(rooms), '--out', str(out)]) == 0
+    return out, said.getvalue()
 
 @pytest.fixture
 def data(tmp_path):
@@ -178,6 +179,14 @@ def test_a_run_leaves_all_that_it_promises(finished, rooms):
     report = (out/'report.md').read_text()
     assert f'Test Dice {dice:.3f}' in report and f'Dice of {everything:.3f}' in report and '| --size | 32 |' in report
     assert all((out/f).exists() for f in re.findall(r'\]\((.*?)\)', report)) and report.count('![') == 4
+
+def test_the_command_in_a_shell_does_the_same(finished, rooms, tmp_path):
+    res = subprocess.run([Path(sys.executable).parent/'selfattn-walls', *TINY, '--data', rooms, '--out', tmp_path/'run'], capture_output=True, text=True, cwd=tmp_path)
+    assert res.returncode == 0, res.stderr
+    out, said = finished
+    end = lambda text: text[text.index('test Dice'):]
+    assert end(res.stdout) == end(said).replace(str(out), str(tmp_path/'run'))
+    assert sorted(f.name for f in (tmp_path/'run').iterdir()) == sorted(f.name for f in out.iterdir())
 
 def test_the_same_seed_gives_the_same_run(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
