@@ -1,12 +1,13 @@
-"""Write README.md from nbs/index.ipynb, the front page of the documentation.
+"""Write README.md from nbs/index.ipynb, the front page of the documentation, and the picture that both show from the first tutorial.
 
-python scripts/readme.py            write README.md
-python scripts/readme.py --check    write nothing, fail if README.md is not what would be written"""
-import argparse, json, posixpath, re, sys
+python scripts/readme.py            write README.md and the picture
+python scripts/readme.py --check    write nothing, fail if one of them is not what would be written"""
+import argparse, base64, json, posixpath, re, sys
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 index, readme = root/'nbs/index.ipynb', root/'README.md'
+tutorial, picture = root/'nbs/tutorials/first_layer.ipynb', root/'nbs/images/paint_by_swatch.png'
 
 fenced = re.compile(r'(^```.*?^```)', re.M|re.S)
 link = re.compile(r'(\]\(|\bsrc="|\bhref=")(?![a-z]+:|#|/)([^)\s"]+)')
@@ -25,7 +26,7 @@ def from_root(md):
     return ''.join(s if s.startswith('```') else link.sub(fix, s) for s in fenced.split(md))
 
 def output_md(out):
-    "Markdown for one cell output; a picture is left to the documentation site"
+    "Markdown for one cell output; a plot is left to the documentation site"
     if out['output_type'] == 'stream': return f"```\n{joined(out['text']).rstrip()}\n```"
     data = out.get('data', {})
     if any(k.startswith('image/') for k in data): return ''
@@ -39,17 +40,25 @@ def cell_md(cell):
     if cell['cell_type'] == 'markdown': return [from_root(body)]
     return [f'```python\n{body}\n```', *map(output_md, cell['outputs'])]
 
+def cells(notebook): return json.loads(notebook.read_text(encoding='utf-8'))['cells']
+
 def readme_md():
-    cells = json.loads(index.read_text(encoding='utf-8'))['cells']
-    return '\n\n'.join(part for cell in cells for part in cell_md(cell) if part) + '\n'
+    return '\n\n'.join(part for cell in cells(index) for part in cell_md(cell) if part) + '\n'
+
+def picture_png():
+    "The plot of the tutorial's cell that is labelled `fig-front`"
+    cell, = (c for c in cells(tutorial) if 'label: fig-front' in directives_and_body(joined(c['source']))[0])
+    png, = (out['data']['image/png'] for out in cell['outputs'] if 'image/png' in out.get('data', {}))
+    return base64.b64decode(joined(png))
 
 def main():
-    parser = argparse.ArgumentParser(description='Write README.md from nbs/index.ipynb')
-    parser.add_argument('--check', action='store_true', help='write nothing, fail if README.md would change')
+    parser = argparse.ArgumentParser(description='Write README.md from nbs/index.ipynb, and the picture in it from the first tutorial')
+    parser.add_argument('--check', action='store_true', help='write nothing, fail if README.md or the picture would change')
     check = parser.parse_args().check
-    new = readme_md()
-    if check and (not readme.exists() or readme.read_text(encoding='utf-8') != new):
-        sys.exit('README.md is not what nbs/index.ipynb says: run `python scripts/readme.py`')
-    if not check: readme.write_text(new, encoding='utf-8')
+    for path,source,new in ((readme, index, readme_md().encode()), (picture, tutorial, picture_png())):
+        if path.exists() and path.read_bytes() == new: continue
+        if check: sys.exit(f'{path.relative_to(root)} is not what {source.relative_to(root)} says: run `python scripts/readme.py`')
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(new)
 
 if __name__ == '__main__': main()

@@ -33,8 +33,10 @@ def copy_project(dest):
         shutil.copy2(root/f, dest/f)
     return dest
 
-# One thread for each process of pytest-xdist, so that they do not wait for each other; and in CI the same examples every time.
-if 'PYTEST_XDIST_WORKER' in os.environ: torch.set_num_threads(1)
+# One thread for each process of pytest-xdist, and for what it starts, so that they do not wait for each other; and in CI the same examples every time.
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    torch.set_num_threads(1)
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
 settings.register_profile('ci', derandomize=True, deadline=None)
 if os.environ.get('CI'): settings.load_profile('ci')
 

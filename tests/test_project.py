@@ -38,10 +38,11 @@ def test_notebooks_are_clean(checkout):
 def test_readme(checkout):
     run(sys.executable, 'scripts/readme.py', '--check', cwd=checkout)
 
-def test_readme_check_sees_a_difference(checkout):
-    with (checkout/'README.md').open('a') as f: f.write('one more line\n')
+@pytest.mark.parametrize('path', ['README.md', 'nbs/images/paint_by_swatch.png'])
+def test_readme_check_sees_a_difference(checkout, path):
+    with (checkout/path).open('a') as f: f.write('one more line\n')
     res = subprocess.run([sys.executable, 'scripts/readme.py', '--check'], cwd=checkout, capture_output=True, text=True)
-    assert res.returncode and 'scripts/readme.py' in res.stderr
+    assert res.returncode and path in res.stderr and 'scripts/readme.py' in res.stderr
 
 def test_readme_cells():
     cell_md = runpy.run_path(str(root/'scripts/readme.py'))['cell_md']
