@@ -5,6 +5,7 @@ from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAtten
 from fastai_selfattn.attention.ops import attend, attention_backend, attention_stats, attention_weights, dot_attend
 from fastai_selfattn.compare.compare import compare_attention
 from fastai_selfattn.compare.results import Comparison
+from fastai_selfattn.export import to_onnx, to_program, to_torchscript
 from fastai_selfattn.placement.insert import insert_attention, remove_attention
 from fastai_selfattn.placement.optim import inserted_layers
 from fastai_selfattn.placement.sites import attention_sites
@@ -25,7 +26,7 @@ __all__ = ['attend', 'attention_backend', 'attention_stats', 'attention_weights'
            'register_attention', 'attention_layers', 'attention_status', 'attention_off', 'attention_uniform', 'attention_effect',
            'attention_sites', 'insert_attention', 'inserted_layers', 'remove_attention', 'upgrade_attention',
            'create_unet_model', 'unet_learner',
-           'compare_attention', 'Comparison',
+           'compare_attention', 'Comparison', 'to_onnx', 'to_program', 'to_torchscript',
            'AttentionRecorder', 'receptive_field', 'GammaLogger', 'AttentionMapLogger', 'AttentionInterpretation', 'attention_explorer',
            'plot_attention', 'plot_attention_stats', 'plot_gamma', 'plot_sites',
            'show_attention', 'show_attention_growth', 'show_receptive_field']

@@ -8,7 +8,9 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/learner.html.md"""
 __all__ = []
 
 # %% ../nbs/api/learner.ipynb #fde84de0
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from matplotlib.axes import Axes
 from torch import nn
+from torch.export import ExportedProgram
 
 from .attention.kinds import AttentionStatus, attention_status as _attention_status
 from .seeing import chart, plot
@@ -23,6 +26,7 @@ from .seeing.gamma_logger import GammaLogger
 from .seeing.map_logger import AttentionMapLogger
 from .placement.insert import insert_attention as _insert_attention, remove_attention as _remove_attention
 from .attention.layers import SelfAttention
+from .export import to_onnx as _to_onnx, to_program as _to_program, to_torchscript as _to_torchscript
 from .quiet import eval_mode
 from .seeing.effect import AttentionEffect, attention_effect as _attention_effect
 from .seeing.field import receptive_field
@@ -139,3 +143,28 @@ def attention_effect(self:Learner,
 def upgrade_attention(self:Learner)->Upgrade: # what was changed and what was left alone
     "`upgrade.upgrade_attention` of this Learner's model"
     return _upgrade_attention(self)
+
+# %% ../nbs/api/learner.ipynb #8669b018
+@patch
+def to_onnx(self:Learner,
+    fname:str|os.PathLike, # file to write, such as 'model.onnx'
+    **kwargs, # `size`, `output` and `dynamic` of `export.to_onnx`
+)->Path: # `fname`
+    "`export.to_onnx` of this Learner"
+    return _to_onnx(self, fname, **kwargs)
+
+@patch
+def to_program(self:Learner,
+    fname:str|os.PathLike=None, # file to write as well, such as 'model.pt2'
+    **kwargs, # `size`, `output` and `dynamic` of `export.to_program`
+)->ExportedProgram: # RGB pictures (bs, c, h, w), values 0 to 1, to predictions
+    "`export.to_program` of this Learner"
+    return _to_program(self, fname, **kwargs)
+
+@patch
+def to_torchscript(self:Learner,
+    fname:str|os.PathLike, # file to write, such as 'model.pt'
+    **kwargs, # `size` and `output` of `export.to_torchscript`
+)->Path: # `fname`
+    "`export.to_torchscript` of this Learner"
+    return _to_torchscript(self, fname, **kwargs)

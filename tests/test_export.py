@@ -1,0 +1,154 @@
+"A trained Learner written in three formats predicts the same in a process that has neither fastai nor this package."
+import gc, json, subprocess, sys
+import fastai.callback.all  # noqa: F401
+import numpy as np
+import pytest, torch
+from conftest import named
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat, MSELossFlat
+from fastai.vision.core import PILImage
+from fastai.vision.data import ImageBlock
+from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.transforms import Normalize
+from fastai.vision.models import resnet18
+from PIL import Image
+from torch import nn
+
+import fastai_selfattn.export as export_module
+from fastai_selfattn.attention.layers import SelfAttention
+from fastai_selfattn.export import Deployed, to_onnx, to_program, to_torchscript
+from fastai_selfattn.placement.unet import unet_learner
+from fastai_selfattn.walls.data import rooms_dls
+from fastai_selfattn.walls.train import small_encoder
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+def timm_resnet(pretrained=False):
+    import timm
+    return timm.create_model('resnet18', pretrained=pretrained)
+
+ELSEWHERE = '''
+import sys, numpy as np, onnxruntime, torch
+x = np.load(sys.argv[1])
+runs = {'model.pt2': lambda f: torch.export.load(f).module()(torch.tensor(x)).numpy(), 'model.pt': lambda f: torch.jit.load(f)(torch.tensor(x)).numpy(),
+        'model.onnx': lambda f: onnxruntime.InferenceSession(f).run(None, {'picture': x})[0]}
+for f in sys.argv[2:]: np.save(f + '.npy', runs[f](f))
+assert not {'fastai', 'fastai_selfattn'} & set(sys.modules)
+'''
+
+def elsewhere(folder, x, *names):
+    "What the files `names` in `folder` make of pictures `x`, run in another process"
+    np.save(folder/'x.npy', np.asarray(x, np.float32))
+    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', ELSEWHERE, 'x.npy', *names], cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [np.load(folder/f'{name}.npy') for name in names]
+
+def wall_finder(arch, size):
+    torch.manual_seed(3)
+    learn = unet_learner(rooms_dls(8, size, bs=2), arch, self_attention=True, pretrained=False, n_out=2)
+    for m in learn.model.modules():
+        if isinstance(m, SelfAttention): nn.init.constant_(m.gamma, .7)
+    return learn
+
+def read(files): return np.stack([np.asarray(Image.open(f).convert('RGB')) for f in files]).transpose(0, 3, 1, 2)/255
+
+@pytest.mark.slow
+@pytest.mark.parametrize('arch,size', [(small_encoder, 64), (small_encoder, 256), (resnet18, 64), (timm_resnet, 64)], ids=named)
+def test_every_format_predicts_as_the_learner(arch, size, tmp_path):
+    pytest.importorskip('onnxruntime')
+    learn = wall_finder(arch, size)
+    files = list(learn.dls.valid_ds.items[:1])*3     # three pictures, where two were traced
+    with learn.no_bar(): want, _ = learn.get_preds(dl=learn.dls.test_dl(files))
+    to_program(learn, tmp_path/'model.pt2'), to_onnx(learn, tmp_path/'model.onnx'), to_torchscript(learn, tmp_path/'model.pt')
+    for got in elsewhere(tmp_path, read(files), 'model.pt2', 'model.onnx', 'model.pt'): np.testing.assert_allclose(got, want.numpy(), atol=1e-4)
+    with learn.no_bar(): again, _ = learn.get_preds(dl=learn.dls.test_dl(files))
+    assert again.equal(want)
+
+@pytest.mark.slow
+def test_onnx_of_other_sizes(tmp_path):
+    pytest.importorskip('onnxruntime')
+    learn = wall_finder(small_encoder, 64)
+    to_onnx(learn, tmp_path/'model.onnx', output='classes')
+    x = torch.rand(1, 3, 96, 160)
+    got, = elsewhere(tmp_path, x, 'model.onnx')
+    with torch.no_grad(): want = Deployed(learn, 'classes')(x)
+    assert got.shape == (1, 96, 160) and (got == want.numpy()).mean() > .999
+
+def pictures_dls(normalize=True, n=8):
+    "Pictures of three classes"
+    rng = np.random.default_rng(0)
+    ims = [PILImage.create(rng.integers(0, 256, (20, 24, 3), np.uint8)) for _ in range(n)]
+    tfms = [Normalize.from_stats([.2, .3, .4], [.5, .6, .7])] if normalize else []
+    block = DataBlock((ImageBlock, CategoryBlock(['a', 'b', 'c'])), get_x=lambda i: ims[i], get_y=lambda i: 'abc'[i % 3], batch_tfms=tfms)
+    return block.dataloaders(list(range(n)), bs=2, num_workers=0), ims
+
+def classifier(loss, normalize=True):
+    torch.manual_seed(5)
+    dls, ims = pictures_dls(normalize)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, 2), nn.ReLU(), SelfAttention(16, gamma=1.), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+    return Learner(dls, net, loss_func=loss), ims
+
+@pytest.mark.parametrize('normalize', [True, False])
+@pytest.mark.parametrize('output', ['probs', 'classes', 'raw'])
+def test_outputs_are_those_of_predict(output, normalize):
+    learn, ims = classifier(CrossEntropyLossFlat(), normalize)
+    x = torch.tensor(np.stack([np.asarray(i) for i in ims[:3]]).transpose(0, 3, 1, 2)/255, dtype=torch.float32)
+    got = Deployed(learn, output)(x)
+    for i, y in enumerate(got):
+        with learn.no_bar(): _, label, probs = learn.predict(ims[i])
+        if output == 'probs': torch.testing.assert_close(y, probs.as_subclass(torch.Tensor))
+        elif output == 'classes': assert y == label
+        else: torch.testing.assert_close(y.softmax(0), probs.as_subclass(torch.Tensor)), y.sum() != 1
+
+def test_about(tmp_path):
+    learn, _ = classifier(CrossEntropyLossFlat())
+    to_program(learn, tmp_path/'model.pt2', output='classes'), to_torchscript(learn, tmp_path/'model.pt', size=(21, 30))
+    files = dict.fromkeys(['about.json'])
+    extra = {'about.json': ''}
+    torch.export.load(tmp_path/'model.pt2', extra_files=extra)
+    about = json.loads(extra['about.json'])
+    assert about['size'] == [20, 24] and about['classes'] == ['a', 'b', 'c'] and about['prediction'] == 'classes'
+    torch.jit.load(str(tmp_path/'model.pt'), _extra_files=files)
+    assert json.loads(files['about.json'])['size'] == [21, 30] and json.loads(files['about.json'])['dynamic'] == ['bs']
+
+def test_the_learner_stays_as_it_was():
+    learn, ims = classifier(CrossEntropyLossFlat())
+    learn.model.train(), learn.model[0].eval()
+    modes = [m.training for m in learn.model.modules()]
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    state = torch.get_rng_state()
+    Deployed(learn), to_program(learn)
+    gc.collect()
+    assert torch.get_rng_state().equal(state) and [m.training for m in learn.model.modules()] == modes
+    after = learn.model.state_dict()
+    assert list(after) == list(before) and all(after[k].equal(v) for k, v in before.items())
+    assert all(p.requires_grad for p in learn.model.parameters())
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    learn, _ = classifier(CrossEntropyLossFlat())
+    (tmp_path/'model.pt2').write_bytes(b'old')
+    def half(program, f, **kwargs):
+        f.write_bytes(b'half')
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(export_module.torch.export, 'save', half)
+    with pytest.raises(OSError): to_program(learn, tmp_path/'model.pt2')
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == {'model.pt2': b'old'}
+
+@pytest.mark.parametrize('kwargs,error,says', [
+    (dict(output='softmax'), ValueError, "'probs', 'classes', 'raw'"), (dict(size=(8, 8, 8)), ValueError, r'one side or \(h, w\)'),
+    (dict(size=0), ValueError, '1 or more pixels'), (dict(size=8.5), TypeError, 'whole number')], ids=named)
+def test_what_cannot_be(kwargs, error, says, tmp_path):
+    learn, _ = classifier(CrossEntropyLossFlat())
+    for write in (to_program, to_onnx, to_torchscript):
+        with pytest.raises(error, match=says): write(learn, tmp_path/'model', **kwargs)
+    assert not list(tmp_path.iterdir())
+
+def test_what_no_learner_can_tell(tmp_path):
+    learn, _ = classifier(MSELossFlat())
+    with pytest.raises(TypeError, match='must be a Learner'): to_program(learn.model)
+    with pytest.raises(ValueError, match='in a folder that exists'): to_program(learn, tmp_path/'no'/'model.pt2')
+    empty = Learner(DataLoaders(DataLoader([], bs=1), DataLoader([], bs=1)), learn.model, loss_func=MSELossFlat())
+    with pytest.raises(ValueError, match='give `size`'): to_program(empty)
+    with pytest.raises(ValueError, match='no `decodes`'): Deployed(Learner(learn.dls, learn.model, loss_func=nn.CrossEntropyLoss()), 'classes')
