@@ -9,14 +9,17 @@ __all__ = []
 
 # %% ../nbs/api/quiet.ipynb #77ddd709
 import random
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from numbers import Integral
+from pathlib import Path
 
 import numpy as np
 import torch
+from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
@@ -126,7 +129,7 @@ def undisturbed(
     with (unchanged(model), torch.inference_mode(False), torch.no_grad(),
           torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False)): yield model
 
-# %% ../nbs/api/quiet.ipynb #84e86c98
+# %% ../nbs/api/quiet.ipynb #575cc6f5
 _several = tuple,list,L
 
 def tensors(
@@ -151,7 +154,7 @@ def each_tensor(
     parts = [each_tensor(f, o) for o in batch]
     return type(batch)(*parts) if hasattr(batch, '_fields') else type(batch)(parts)     # a named tuple takes them one by one
 
-# %% ../nbs/api/quiet.ipynb #ac9c05f0
+# %% ../nbs/api/quiet.ipynb #73f4ab11
 def picture_tensors(
     batch, # what a model takes
 )->list[Tensor]: # (bs, channels, ...), all of the same number of dimensions
@@ -181,8 +184,9 @@ def for_model(
     def move(t): return t.as_subclass(Tensor).to(of if t.is_floating_point() and of.is_floating_point() else of.device)
     return each_tensor(move, batch)
 
-# %% ../nbs/api/quiet.ipynb #13874e90
-def _as_sequence(batch):
+# %% ../nbs/api/quiet.ipynb #f3caf795
+def as_sequence(batch)->Sequence:
+    "The parts of a batch, also of one that is a single tensor or dict; `TypeError` if there is no tensor in it"
     if next(tensors(batch), None) is None: raise TypeError(f"a batch must be tensors, got {type(batch).__name__}: give `size`")
     return batch if isinstance(batch, _several) else [batch]
 
@@ -193,6 +197,17 @@ def inputs_of(
     "How many parts of `batch` go into a model"
     n_inp = getattr(dls, 'n_inp', None)
     return n_inp if isinstance(n_inp, int) else max(1, len(batch)-1)
+
+# %% ../nbs/api/quiet.ipynb #7471a017
+class InPrecision(Callback):
+    "Batches come in the precision of the model, and predictions of half precision go to the loss in float32"
+    order = 100     # after all others that change a batch
+    def before_batch(self):
+        if next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32) != torch.float32:
+            self.learn.xb = for_model(self.model, self.xb)
+
+    def after_pred(self):
+        self.learn.pred = each_tensor(lambda t: t.float() if t.dtype in (torch.float16,torch.bfloat16) else t, self.learn.pred)
 
 # %% ../nbs/api/quiet.ipynb #80d74af5
 def first_batches(
@@ -213,7 +228,7 @@ def first_batches(
     try:
         with random_kept(), in_process:
             for batch in dl:
-                got.append(_as_sequence(batch))
+                got.append(as_sequence(batch))
                 n -= n_rows(batch)
                 if n <= 0: break
     finally:
@@ -230,6 +245,20 @@ def one_batch(
     "A batch of `dls`, of validation if there is any, without changing what is drawn next"
     got = first_batches(dls)
     return got and (got[0][0],got[1])
+
+# %% ../nbs/api/quiet.ipynb #69c219fc
+@contextmanager
+def whole_file(
+    path:str|Path, # the file to make, in the place of one that is there
+)->Iterator[Path]: # a temporary name to write to
+    "What was written inside the `with` block becomes `path`; if that fails, nothing has changed; `FileNotFoundError` without its folder"
+    path = Path(path)
+    if not path.parent.is_dir(): raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into: make it first")
+    tmp = path.with_name(f'.{secrets.token_hex(8)}.tmp')
+    try:
+        yield tmp
+        tmp.replace(path)
+    finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/api/quiet.ipynb #8643f36e
 def first_tensor(

@@ -119,9 +119,20 @@ def before_train(self:GammaLogger):
     if not self._logging: return
     if not self._short: return warn_once(self, "no attention layer in this model, so there is no gamma to log")
     if not self._with_gamma: warn_once(self, "no attention layer in this model has a gamma, so only the change of the features is logged")
+    unknown = self._unknown()
+    if unknown:
+        warn_once(self, f"not trained: {', '.join(unknown)}, as the optimizer was made before and does not know the parameters; "
+                        "insert with `learn.insert_attention(...)`, or call `learn.create_opt()` once more")
     if not self._in_table: warn_once(self, "this Learner has another `GammaLogger`, which adds the columns; one is enough")
     self._at = max(self._at, float(self.epoch))     # further on where training is resumed
     if not self._rows: self._log({})
+
+@patch
+def _unknown(self:GammaLogger):
+    "Paths of the layers with parameters that the optimizer does not know"
+    known = {id(p) for group in self.opt.param_lists for p in group}
+    if not any(id(p) in known for p in self.learn.model.parameters()): return []     # it trains copies, as in some mixed precision
+    return [path or 'model' for path,m in attention_layers(self.learn.model).items() if any(id(p) not in known for p in m.parameters())]
 
 @patch
 def before_batch(self:GammaLogger):

@@ -142,7 +142,7 @@ def _check_maps(self:AttentionRecorder, named):
         raise ValueError(f"{', '.join(rows_only)}: registered with `weights`, so there are no query and key vectors: "
                          "choose other `layers`, or `vectors=False`")
 
-# %% ../../nbs/api/seeing/record.ipynb #6d0fe512
+# %% ../../nbs/api/seeing/record.ipynb #9bfcdfba
 def _unhook(module, hook):
     "Take `hook` away from `module`"
     tables = [t for name,t in vars(module).items() if 'hook' in name and isinstance(t, dict)]
@@ -253,7 +253,11 @@ def _image_size_of(self:AttentionRecorder, model, x):
     if x.dim() < 3:
         raise ValueError(f"this {type(model).__name__} is called with {tuple(x.shape)}, which is no image (bs, channels, ...) "
                          "for points to be placed on: give `image_size`, or `points=None, stats=False`")
-    return tuple(x.shape[2:])
+    size = tuple(x.shape[2:])
+    if len(size) == 1 and isinstance(self._points, list) and len(self._points[0]) > 1:     # such as a list of single pictures
+        raise ValueError(f"the first picture among the arguments of this {type(model).__name__} would be the tensor {tuple(x.shape)}, "
+                         f"(bs, channels, length), and point {self._points[0]} cannot be placed on it: give `image_size`")
+    return size
 
 @patch
 def _look(self:AttentionRecorder, name):
@@ -281,7 +285,7 @@ def _after(self:AttentionRecorder, model, args, out):
             if field == 'stats': self.stats[name] = AttentionStats(*torch.cat(ts, 1))     # (5, bs, ...)
             else: getattr(self, field)[name] = torch.cat(ts) if isinstance(ts[0], Tensor) else ts[0]
 
-# %% ../../nbs/api/seeing/record.ipynb #06d1ca5a
+# %% ../../nbs/api/seeing/record.ipynb #39c353ba
 @patch
 def _of_the_picture(self:AttentionRecorder, parts):
     "What was seen of the picture `which`, from the calls on each device"
