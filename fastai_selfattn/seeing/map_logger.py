@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..attention.kinds import attention_layers, choose_layers
 from ..quiet import bare_model, check_whole, eval_mode, random_kept, whole_file
-from .gamma_logger import GammaLogger, warn_once
+from .gamma_logger import GammaLogger, mend_wandb, warn_once
 from .pictures import pictures
 from .plot import plot_attention, show_attention, show_attention_growth
 from .record import AttentionRecorder, check_points
@@ -69,7 +69,7 @@ class _Seen(NamedTuple):
 
 class AttentionMapLogger(Callback):
     "Record what chosen query pixels of fixed pictures attend to, before training and after epochs, in every attention layer"
-    order,remove_on_fetch = GammaLogger.order+1,True     # after `TensorBoardCallback` and `WandbCallback` have begun
+    order,remove_on_fetch = GammaLogger.order+.25,True     # before `WandbCallback` begins
     def __init__(self,
         items:Sequence=None, # pictures, as `record.pictures` takes them; the first of the validation set if None
         points:Sequence[tuple[int,int]]|str|int='center', # query pixels, as `AttentionRecorder` takes them
@@ -118,6 +118,7 @@ def _record(self:AttentionMapLogger):
 # %% ../../nbs/api/seeing/map_logger.ipynb #cdc711ae
 @patch
 def before_fit(self:AttentionMapLogger):
+    mend_wandb(self.learn.cbs)
     self._warned.clear()
     self._trained = self._missed = False
     looking = hasattr(self.learn, 'lr_finder') or self.learn.lock.locked()     # `validate` and `get_preds` hold the lock
