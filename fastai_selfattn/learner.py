@@ -65,7 +65,7 @@ def show_attention(self:Learner,
     imsize:float=2., # height of a picture in inches
     layers:str|Sequence[str]=None, # names or patterns of layers; all if None
     scale:str|float='layer', # a colour scale for each 'layer', one for 'all', or the top of one for all, in averages
-    ax:Axes|np.ndarray=None, # axes in the shape that is returned, or an `Axes` for one map; new figures if None, one for each size of picture
+    ax:Axes|np.ndarray=None, # axes in the shape that is returned, or an `Axes` for one map; new figures if None
     which:int=0, # of several pictures that the model takes at once, the one to look at
 )->np.ndarray: # the axes, a row for each picture and attention layer, a column for the picture and each point
     "Draw what query pixels attend to in the attention layers; `ValueError` as `AttentionRecorder` and `plot.show_attention`"
@@ -96,7 +96,8 @@ def show_receptive_field(self:Learner,
 )->np.ndarray: # the two axes
     "Draw an output pixel's effective receptive field without and with attention over the first picture; `ValueError` as `receptive_field`"
     p = pictures(self, items, max_n, which).parts()[0]     # where sizes differ, the first one alone
-    return plot.show_receptive_field(p.images[0], receptive_field(self.model, p.batches[0], point, channel, module, which=which), ax, imsize)
+    field = receptive_field(self.model, p.batches[0], point, channel, module, which=which)
+    return plot.show_receptive_field(p.images[0], field, ax, imsize)
 
 # %% ../nbs/api/learner.ipynb #25b2eb82
 @patch

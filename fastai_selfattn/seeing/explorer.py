@@ -76,7 +76,7 @@ def _layer(recs, name, label):
                  changes=changes, pictures=views)
     return layer,off,share
 
-# %% ../../nbs/api/seeing/explorer.ipynb #009393a3
+# %% ../../nbs/api/seeing/explorer.ipynb #78cc3981
 def _look(model, part, layers):
     "A recorder that saw the query and key vectors of a part of the pictures"
     with torch.no_grad(), eval_mode(model), AttentionRecorder(model, None, layers, False, vectors=True, which=part.which) as rec:

@@ -29,7 +29,7 @@ def warn_once(callback, what, why=''):
     if what not in callback._warned: warnings.warn(f"{type(callback).__name__}: {what}{why and ': '}{why}")
     callback._warned.add(what)
 
-# %% ../../nbs/api/seeing/gamma_logger.ipynb #738d7830
+# %% ../../nbs/api/seeing/gamma_logger.ipynb #1abe7b84
 def mend_wandb(
     cbs, # the callbacks of a Learner
 ):

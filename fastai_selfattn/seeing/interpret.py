@@ -65,7 +65,7 @@ class _Losses(Callback):
     def __init__(self): self.losses = []
     def after_pred(self): self.losses.append(_losses(self.learn).as_subclass(Tensor).cpu())
 
-# %% ../../nbs/api/seeing/interpret.ipynb #42aa1715
+# %% ../../nbs/api/seeing/interpret.ipynb #88bfe460
 def _in_order(dl):
     "A loader like `dl`, fastai's or PyTorch's, that goes through the whole data set in order"
     if isinstance(dl, DataLoader): return dl.new(shuffle=False, drop_last=False)
@@ -78,9 +78,10 @@ def _in_order(dl):
 def _check_labels(learn, dl):
     if not len(dl): raise ValueError("no pictures: this data set is empty, as in a Learner that was exported; give `dl`")
     (batch,*_),_ = first_batches(dl)
-    if len(batch) <= inputs_of(learn.dls, batch): raise ValueError("these pictures have no labels, so there is no loss: give a `dl` with labels")
+    if len(batch) <= inputs_of(learn.dls, batch):
+        raise ValueError("these pictures have no labels, so there is no loss: give a `dl` with labels")
 
-# %% ../../nbs/api/seeing/interpret.ipynb #3456fecd
+# %% ../../nbs/api/seeing/interpret.ipynb #049f107d
 _orders = {'farthest':('distance',False), 'sharpest':('entropy_share',True), 'loss':('gain',False)}
 
 class AttentionInterpretation:

@@ -63,8 +63,12 @@ class _Seen(NamedTuple):
     epoch:int
     looks:list     # of `_Look`
 
-    def of(self, i): return (self.looks[0],i) if len(self.looks) == 1 else (self.looks[i],0)     # picture `i`: the look, and its index there
     def __getattr__(self, name): return getattr(self.looks[0], name)     # what is the same for all
+
+    def of(self, i):
+        "The look at picture `i`, and its index there"
+        return (self.looks[0],i) if len(self.looks) == 1 else (self.looks[i],0)
+
     def gamma(self, layer): return self.gammas.get(layer, math.nan)     # a layer need not have one
 
 class AttentionMapLogger(Callback):

@@ -23,7 +23,8 @@ from fastai.torch_core import to_device
 from fastai.vision.core import TensorImage
 from torch import Tensor, nn
 
-from ..quiet import as_sequence, check_whole, each_tensor, first_batches, for_model, inputs_of, n_rows, picture_tensors, random_kept, rows, tensors
+from ..quiet import (as_sequence, check_whole, each_tensor, first_batches, for_model, inputs_of, n_rows, picture_tensors,
+                                   random_kept, rows, tensors)
 
 # %% ../../nbs/api/seeing/pictures.ipynb #8f96bb1e
 class Pictures(NamedTuple):
@@ -104,7 +105,7 @@ def _batches(dls, items, max_n):
     batches,dl = _through_loader(dls, shown)
     return shown,batches,inputs_of(dls, batches[0]),dl
 
-# %% ../../nbs/api/seeing/pictures.ipynb #11c99e6f
+# %% ../../nbs/api/seeing/pictures.ipynb #37397a7d
 def _picture(batch, which):
     "The picture that is shown of what a model takes"
     found = picture_tensors(batch)
@@ -134,10 +135,10 @@ def _pictures(model, dl, shown, batches, n_inp, which):
     inputs = each_tensor(lambda t: t.as_subclass(Tensor).to(device), inputs)
     return Pictures(inputs, images, shown, [_name(o, i) for i,o in enumerate(shown)], which)
 
-# %% ../../nbs/api/seeing/pictures.ipynb #15d38c7d
+# %% ../../nbs/api/seeing/pictures.ipynb #a59add79
 def pictures(
     learn:Learner, # its `dls` make the pictures
-    items:Sequence=None, # such as file names, for its pipeline, or for its model (bs, c, h, w), or a tuple or dict; some of validation if None
+    items:Sequence=None, # such as file names; or what its model takes: (bs, c, h, w), a tuple, a dict; some of validation if None
     max_n:int=3, # how many of the validation set, if no `items` are given
     which:int=0, # of several pictures that the model takes at once, the one to show
 )->Pictures:
@@ -150,7 +151,7 @@ def pictures(
     if not sum(len(_picture(b[:n_inp], which)) for b in batches): raise _none(items, max_n)
     return _pictures(learn.model, dl, shown, batches, n_inp, which)
 
-# %% ../../nbs/api/seeing/pictures.ipynb #96c53319
+# %% ../../nbs/api/seeing/pictures.ipynb #2a0e5f32
 def numbered_pictures(
     learn:Learner, # whose model takes them
     dl, # a loader of fastai or PyTorch

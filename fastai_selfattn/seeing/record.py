@@ -142,7 +142,7 @@ def _check_maps(self:AttentionRecorder, named):
         raise ValueError(f"{', '.join(rows_only)}: registered with `weights`, so there are no query and key vectors: "
                          "choose other `layers`, or `vectors=False`")
 
-# %% ../../nbs/api/seeing/record.ipynb #9bfcdfba
+# %% ../../nbs/api/seeing/record.ipynb #d3fc15b9
 def _unhook(module, hook):
     "Take `hook` away from `module`"
     tables = [t for name,t in vars(module).items() if 'hook' in name and isinstance(t, dict)]
@@ -259,6 +259,7 @@ def _image_size_of(self:AttentionRecorder, model, x):
                          f"(bs, channels, length), and point {self._points[0]} cannot be placed on it: give `image_size`")
     return size
 
+# %% ../../nbs/api/seeing/record.ipynb #9499e411
 @patch
 def _look(self:AttentionRecorder, name):
     "The hook behind the layer `name`"
@@ -285,7 +286,7 @@ def _after(self:AttentionRecorder, model, args, out):
             if field == 'stats': self.stats[name] = AttentionStats(*torch.cat(ts, 1))     # (5, bs, ...)
             else: getattr(self, field)[name] = torch.cat(ts) if isinstance(ts[0], Tensor) else ts[0]
 
-# %% ../../nbs/api/seeing/record.ipynb #39c353ba
+# %% ../../nbs/api/seeing/record.ipynb #6ce61d8a
 @patch
 def _of_the_picture(self:AttentionRecorder, parts):
     "What was seen of the picture `which`, from the calls on each device"

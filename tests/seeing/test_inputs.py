@@ -204,7 +204,7 @@ def test_models_in_their_own_precision(dtype, tol, tmp_path):
 
 def test_a_model_that_is_half_during_training_only(tmp_path):
     "A logger's pictures follow the precision that the model has when they are looked at"
-    learn = learner(plain, list(zip([x.half() for x in lefts], targets)))
+    learn = learner(plain, list(zip([x.half() for x in lefts], targets)), loss=lambda pred, targ: F.cross_entropy(pred.float(), targ))
     logger = AttentionMapLogger(points=[(3, 20)], max_n=2)
     learn.model.half()
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 0., wd=0., cbs=logger)
