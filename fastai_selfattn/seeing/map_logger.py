@@ -71,6 +71,7 @@ class _Seen(NamedTuple):
 
     def gamma(self, layer): return self.gammas.get(layer, math.nan)     # a layer need not have one
 
+# %% ../../nbs/api/seeing/map_logger.ipynb #a15d9fbf
 class AttentionMapLogger(Callback):
     "Record what chosen query pixels of fixed pictures attend to, before training and after epochs, in every attention layer"
     order,remove_on_fetch = GammaLogger.order+.25,True     # before `WandbCallback` begins
