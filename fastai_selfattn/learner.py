@@ -69,14 +69,22 @@ def show_attention(self:Learner,
     imsize:float=2., # height of a picture in inches
     layers:str|Sequence[str]=None, # names or patterns of layers; all if None
     scale:str|float='layer', # a colour scale for each 'layer', one for 'all', or the top of one for all, in averages
-    ax:Axes|np.ndarray=None, # axes in the shape that is returned, or an `Axes` for one map; a new figure if None
+    ax:Axes|np.ndarray=None, # axes in the shape that is returned, or an `Axes` for one map; new figures if None
+    which:int=0, # of several pictures that the model takes at once, the one to look at
 )->np.ndarray: # the axes, a row for each picture and attention layer, a column for the picture and each point
     "Draw what query pixels attend to in the attention layers; `ValueError` as `AttentionRecorder` and `plot.show_attention`"
-    p = pictures(self, items, max_n)
-    points = _default_points(*p.x.shape[-2:]) if points is None else points
-    with torch.no_grad(), eval_mode(self.model) as model, AttentionRecorder(model, points, layers, stats=False) as rec: model(p.x)
-    given = dict(titles=p.names, gammas=rec.gammas, pools=rec.pools)
-    return plot.show_attention(p.images, rec.maps, rec.points, scale=scale, ax=ax, imsize=imsize, **given)
+    parts = pictures(self, items, max_n, which).parts()     # several if sizes differ
+    if ax is None or len(parts) == 1: axs = [ax]*len(parts)
+    elif np.ndim(ax): axs = np.array_split(ax, len(parts))
+    else: raise ValueError(f"one `ax` holds one map, and there are {len(parts)} pictures: choose one with `items` or `max_n`")
+    def drawn(p, ax):
+        at = _default_points(*p.images.shape[-2:]) if points is None else points
+        look = AttentionRecorder(self.model, at, layers, stats=False, which=which)
+        with torch.no_grad(), eval_mode(self.model) as model, look as rec: p.through(model)
+        given = dict(titles=p.names, gammas=rec.gammas, pools=rec.pools)
+        return plot.show_attention(p.images, rec.maps, rec.points, scale=scale, ax=ax, imsize=imsize, **given)
+    rows = [drawn(p, ax) for p,ax in zip(parts, axs)]
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
 # %% ../nbs/api/learner.ipynb #3dd1d6cf
 @patch
@@ -88,10 +96,12 @@ def show_receptive_field(self:Learner,
     module:str=None, # path of a module whose output is looked at, for models whose output is no map
     ax:Sequence[Axes]=None, # two axes, a new figure if None
     imsize:float=3., # height of a picture in inches
+    which:int=0, # of several pictures that the model takes at once, the one to look at
 )->np.ndarray: # the two axes
     "Draw an output pixel's effective receptive field without and with attention over the first picture; `ValueError` as `receptive_field`"
-    p = pictures(self, items, max_n)
-    return plot.show_receptive_field(p.images[0], receptive_field(self.model, p.x, point, channel, module), ax, imsize)
+    p = pictures(self, items, max_n, which).parts()[0]     # where sizes differ, the first one alone
+    field = receptive_field(self.model, p.batches[0], point, channel, module, which=which)
+    return plot.show_receptive_field(p.images[0], field, ax, imsize)
 
 # %% ../nbs/api/learner.ipynb #25b2eb82
 @patch

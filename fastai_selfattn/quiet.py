@@ -9,16 +9,21 @@ __all__ = []
 
 # %% ../nbs/api/quiet.ipynb #77ddd709
 import random
+import secrets
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import copy
 from numbers import Integral
+from pathlib import Path
 
 import numpy as np
 import torch
+from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
+from fastcore.foundation import L
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -124,11 +129,92 @@ def undisturbed(
     with (unchanged(model), torch.inference_mode(False), torch.no_grad(),
           torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False)): yield model
 
+# %% ../nbs/api/quiet.ipynb #575cc6f5
+_several = tuple,list,L
+
+def tensors(
+    batch, # tensors in tuples, lists and dicts of any nesting
+)->Iterator[Tensor]:
+    "Every tensor in `batch`, in order"
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, _several) else ()
+    if isinstance(batch, Tensor): yield batch
+    for o in parts: yield from tensors(o)
+
+def each_tensor(
+    f:Callable[[Tensor],Tensor],
+    batch, # tensors in tuples, lists and dicts of any nesting
+):
+    "`batch` with `f(t)` in the place of every tensor `t`"
+    if isinstance(batch, Tensor): return f(batch)
+    if isinstance(batch, Mapping):
+        new = copy(batch)     # of the same class
+        for k,o in batch.items(): new[k] = each_tensor(f, o)
+        return new
+    if not isinstance(batch, _several): return batch
+    parts = [each_tensor(f, o) for o in batch]
+    return type(batch)(*parts) if hasattr(batch, '_fields') else type(batch)(parts)     # a named tuple takes them one by one
+
+# %% ../nbs/api/quiet.ipynb #73f4ab11
+def picture_tensors(
+    batch, # what a model takes
+)->list[Tensor]: # (bs, channels, ...), all of the same number of dimensions
+    "The pictures in `batch`"
+    found = [t for t in tensors(batch) if t.dim() > 2]
+    nd = next((t.dim() for t in found if t.dim() > 3), 3)
+    return [t for t in found if t.dim() == nd]
+
+def n_rows(batch)->int:
+    "How many examples are in `batch`: the length of its first picture, or else of its first tensor"
+    return len(next(t for t in (*picture_tensors(batch), *tensors(batch)) if t.dim()))
+
+def rows(
+    batch, # what a model takes
+    chosen:slice, # of the examples
+):
+    "`batch` cut to some of its examples"
+    n = n_rows(batch)
+    return each_tensor(lambda t: t[chosen] if t.dim() and len(t) == n else t, batch)
+
+def for_model(
+    model:nn.Module, # any model
+    batch, # what it takes
+):
+    "`batch` as plain tensors on the device of `model`, floating point in its precision"
+    of = next((p for p in model.parameters() if p.is_floating_point()), next(model.parameters(), torch.empty(0)))
+    def move(t): return t.as_subclass(Tensor).to(of if t.is_floating_point() and of.is_floating_point() else of.device)
+    return each_tensor(move, batch)
+
+# %% ../nbs/api/quiet.ipynb #f3caf795
+def as_sequence(batch)->Sequence:
+    "The parts of a batch, also of one that is a single tensor or dict; `TypeError` if there is no tensor in it"
+    if next(tensors(batch), None) is None: raise TypeError(f"a batch must be tensors, got {type(batch).__name__}: give `size`")
+    return batch if isinstance(batch, _several) else [batch]
+
+def inputs_of(
+    dls:DataLoaders|DataLoader, # that gave the batch
+    batch:Sequence,
+)->int: # all but the last, if nothing says how many
+    "How many parts of `batch` go into a model"
+    n_inp = getattr(dls, 'n_inp', None)
+    return n_inp if isinstance(n_inp, int) else max(1, len(batch)-1)
+
+# %% ../nbs/api/quiet.ipynb #7471a017
+class InPrecision(Callback):
+    "Batches come in the precision of the model, and predictions of half precision go to the loss in float32"
+    order = 100     # after all others that change a batch
+    def before_batch(self):
+        if next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32) != torch.float32:
+            self.learn.xb = for_model(self.model, self.xb)
+
+    def after_pred(self):
+        self.learn.pred = each_tensor(lambda t: t.float() if t.dtype in (torch.float16,torch.bfloat16) else t, self.learn.pred)
+
 # %% ../nbs/api/quiet.ipynb #80d74af5
-def one_batch(
+def first_batches(
     dls:DataLoaders|DataLoader, # of fastai, or a PyTorch loader
-)->tuple[Sequence,int]|None: # the batch and how many of its parts go into a model; None if there is no data
-    "A batch of `dls`, of validation if there is any, without changing what is drawn next"
+    n:int=1, # how many examples are wanted
+)->tuple[list,int]|None: # the batches, each a sequence, and how many parts of each go into a model; None if there is no data
+    "The first batches of `dls`, of validation if there is any, without changing what is drawn next; all if they hold fewer than `n`"
     loaders = dls.loaders if isinstance(dls, DataLoaders) else [dls]
     def has_data(dl):
         try: return len(dl) > 0
@@ -138,18 +224,41 @@ def one_batch(
     rng = getattr(dl, 'rng', None)
     state = rng and rng.getstate()
     gens = {id(g):(g,g.get_state()) for o in (dl,getattr(dl,'sampler',None)) if (g := getattr(o, 'generator', None)) is not None}
+    got,in_process = [],dl.fake_l.no_multiproc() if isinstance(dl, DataLoader) else nullcontext()
     try:
-        with random_kept(): batch = dl.one_batch() if isinstance(dl, DataLoader) else next(iter(dl))
+        with random_kept(), in_process:
+            for batch in dl:
+                got.append(as_sequence(batch))
+                n -= n_rows(batch)
+                if n <= 0: break
     finally:
+        if isinstance(dl, DataLoader): vars(dl).pop('it', None)
         for g,before in gens.values(): g.set_state(before)
         if rng:
             rng.setstate(state)
             dl.rng = rng
-    if isinstance(batch, Tensor): batch = [batch]
-    if not isinstance(batch, (tuple,list)) or not all(isinstance(t, Tensor) for t in batch[:1]):
-        raise TypeError(f"a batch must be tensors, got {type(batch).__name__}: give `size`")
-    n_inp = getattr(dls, 'n_inp', None)
-    return batch,n_inp if isinstance(n_inp, int) else max(1, len(batch)-1)
+    return (got,inputs_of(dls, got[0])) if got else None
+
+def one_batch(
+    dls:DataLoaders|DataLoader, # of fastai, or a PyTorch loader
+)->tuple[Sequence,int]|None: # the batch and how many of its parts go into a model; None if there is no data
+    "A batch of `dls`, of validation if there is any, without changing what is drawn next"
+    got = first_batches(dls)
+    return got and (got[0][0],got[1])
+
+# %% ../nbs/api/quiet.ipynb #69c219fc
+@contextmanager
+def whole_file(
+    path:str|Path, # the file to make, in the place of one that is there
+)->Iterator[Path]: # a temporary name to write to
+    "What was written inside the `with` block becomes `path`; if that fails, nothing has changed; `FileNotFoundError` without its folder"
+    path = Path(path)
+    if not path.parent.is_dir(): raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into: make it first")
+    tmp = path.with_name(f'.{secrets.token_hex(8)}.tmp')
+    try:
+        yield tmp
+        tmp.replace(path)
+    finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/api/quiet.ipynb #8643f36e
 def first_tensor(

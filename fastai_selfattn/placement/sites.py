@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..attention.kinds import did_you_mean, is_attention, path_matches
 from ..attention.layers import SelfAttention
 from .price import Price, check_layer, default_price, fastai_mib, layer_name, price_at
-from .trace import example, trace
+from .trace import example, image_of, trace
 from ..quiet import check_whole, model_and_learner
 
 # %% ../../nbs/api/placement/sites.ipynb #04102a86
@@ -250,12 +250,13 @@ def find_sites(
     model,learn = _bare(model)
     if learn and size is None: size = learn.dls
     with torch.inference_mode(False), torch.no_grad(): args,where = example(model, size)
-    shape = 'x'.join(map(str, args[0].shape[1:]))
+    image = image_of(args)
+    shape = 'x'.join(map(str, image.shape[1:]))
     try: calls,attention = trace(model, args)
     except Exception as e:
         why = f"this {type(model).__name__} does not run on an image of {shape} ({where}): {type(e).__name__}: {e}"
         raise ValueError(f"{why}. Give another `size`, or a batch") from e
-    nd,layers = args[0].dim()-2,[p for p,m in model.named_modules() if p and is_attention(m)]
+    nd,layers = image.dim()-2,[p for p,m in model.named_modules() if p and is_attention(m)]
     every = {p:_site(p, calls, attention, nd, layers) for p in calls if p}
     if isinstance(model, DynamicUnet): names = {n:p for n,p in _unet_names(model, calls).items() if p in calls}
     else: names = {p:p for p in _listed(model, calls, nd)}

@@ -19,7 +19,7 @@ from fastai.data.load import DataLoader
 from torch import Tensor, nn
 
 from fastai_selfattn.attention.kinds import is_attention
-from fastai_selfattn.quiet import one_batch, undisturbed
+from fastai_selfattn.quiet import as_sequence, each_tensor, for_model, one_batch, picture_tensors, rows, tensors, undisturbed
 
 # %% ../../nbs/api/placement/trace.ipynb #b5718493
 def _numbers():
@@ -93,23 +93,23 @@ def _first_conv(model):
     inside = {id(m) for a in model.modules() if is_attention(a) for m in a.modules()}
     return next((m for m in model.modules() if isinstance(m, _convs) and id(m) not in inside), None)
 
-def _first_image(batch, conv, like):
-    "The first image of each tensor of `batch`, as the model takes it"
-    x = batch[0]
-    if conv and x.is_floating_point() and x.dim() == len(conv.kernel_size)+1:
+def _first_example(batch, model, conv):
+    "The first example of `batch`, which may be nested, as the model takes it"
+    x,nd = next(tensors(batch)),len(conv.kernel_size) if conv else 0
+    if nd and x.is_floating_point() and x.dim() == nd+1 and not any(t.dim() == nd+2 for t in tensors(batch)):
         raise ValueError(f'a batch must be (bs, channels, ...), got {tuple(x.shape)}')
-    return [t[:1].to(like if t.is_floating_point() else like.device).clone() for t in batch]
+    return [*each_tensor(torch.clone, for_model(model, rows(tuple(batch), slice(1))))]
 
 def example(model, size):
     "What to call `model` with, and where that is from"
     conv,like = _first_conv(model),next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if isinstance(size, (DataLoaders,DataLoader,torch.utils.data.DataLoader)):
         got = one_batch(size)
-        if got: return _first_image(got[0][:got[1]], conv, like),'one image of the data'
+        if got: return _first_example(got[0][:got[1]], model, conv),'one image of the data'
         size = None     # no data
-    if isinstance(size, Tensor): size = [size]
-    if isinstance(size, (tuple,list)) and size and all(isinstance(t, Tensor) for t in size):
-        return _first_image(size[:max(1, len(size)-1)], conv, like),'one image of the batch'     # the last of several is the target
+    if next(tensors(size), None) is not None:
+        batch = as_sequence(size)
+        return _first_example(batch[:max(1, len(batch)-1)], model, conv),'one image of the batch'     # the last of several is the target
     if size is None:
         if not conv:
             raise ValueError(f"no conv in this {type(model).__name__} to read channels from: "
@@ -119,3 +119,8 @@ def example(model, size):
     elif isinstance(size, (Integral,tuple,list)): shape,where = _shape(size, conv),'as given'
     else: raise TypeError(f"`size` must be a side, a shape, a batch or `DataLoaders`, got {type(size).__name__}")
     return [torch.zeros(shape, dtype=like.dtype, device=like.device)],where
+
+# %% ../../nbs/api/placement/trace.ipynb #e8b08abc
+def image_of(args):
+    "The image among what a model is called with, or else the first tensor"
+    return next(iter((*picture_tensors(args), *tensors(args))))

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..attention.kinds import attention_off, choose_layers
 from ..attention.layers import SelfAttention
-from ..quiet import eagerly, eval_mode, first_tensor, random_kept
+from ..quiet import InPrecision, eagerly, eval_mode, first_tensor, random_kept
 from .record import change_share
 
 # %% ../../nbs/api/seeing/effect.ipynb #a757cc6d
@@ -138,7 +138,7 @@ def attention_effect(
     dl = dl or (learn.dls.loaders[1] if len(learn.dls.loaders) > 1 else None)
     if dl is None or len(dl) == 0: raise ValueError("this Learner has no validation data: give `dl`")
     names = ['valid_loss', *(m.name for m in learn.metrics)]
-    def row(way): return dict(zip(('attention',*names), (way,*map(float, learn.validate(dl=dl)))))
+    def row(way): return dict(zip(('attention',*names), (way,*map(float, learn.validate(dl=dl, cbs=InPrecision())))))
     with _aside(learn), eagerly():
         with ExitStack() as stack:
             seen = _changes_of(chosen, stack)

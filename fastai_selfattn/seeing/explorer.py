@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import secrets
 from collections.abc import Sequence
 from importlib.resources import files
 from io import BytesIO
@@ -25,7 +24,7 @@ from PIL import Image
 from fastai.learner import Learner
 from torch import nn
 
-from ..quiet import eval_mode
+from ..quiet import eval_mode, whole_file
 from .pictures import pictures
 from .record import AttentionRecorder
 
@@ -48,35 +47,52 @@ def _off(q, k, q16, k16, scale, n=64):
 # %% ../../nbs/api/seeing/explorer.ipynb #53dec325
 def _number(x): return float(x) if math.isfinite(x) else None     # JSON has no NaN
 
-def _layer(rec, name, label):
-    "What the page knows of a layer, and the largest difference that rounding made in a weight, in units of an average one too"
+def _vectors(rec, name, label):
+    "The query and key vectors of a layer, for each picture, or an error"
     q,k = rec.queries[name],rec.keys[name]
     if q.dim() != 5:
         raise ValueError(f"layer {name} of {label!r} sees a {q.dim()-3}d map: an explorer shows 2d maps, "
                          "so leave the layer out with `layers`")
-    (heads,*size,d),keys = q.shape[1:],k.shape[2:4]
-    views,off = [],0.
-    for i,(qi,ki) in enumerate(zip(q.flatten(2, 3), k.flatten(2, 3))):
+    for i,(qi,ki) in enumerate(zip(q, k)):
         if not (qi.isfinite().all() and ki.isfinite().all()):
             raise ValueError(f"layer {name} of {label!r} has query or key vectors that are not finite on picture {i+1}: "
                              "train with a lower rate, or leave the layer out with `layers`")
-        (q16,q_scale),(k16,k_scale) = _rounded(qi),_rounded(ki)
-        off = max(off, _off(qi, ki, q16, k16, q_scale*k_scale))
-        views.append(dict(scale=q_scale*k_scale, queries=_base64(q16), keys=_base64(k16)))
-    layer = dict(name=name, heads=heads, d=d, map=list(size), keys=list(keys), pool=rec.pools[name],
-                 gamma=_number(rec.gammas.get(name, math.nan)), changes=[_number(c) for c in rec.changes[name].tolist()], pictures=views)
-    return layer,off,off*math.prod(keys)
+        yield qi,ki
 
-def _model(model, label, x, layers):
+def _layer(recs, name, label):
+    "What the page knows of a layer, and the largest difference that rounding made in a weight, in units of an average one too"
+    views,off,share = [],0.,0.
+    for q,k in (v for rec in recs for v in _vectors(rec, name, label)):
+        (heads,*size,d),keys = q.shape,k.shape[1:3]
+        q,k = q.flatten(1, 2),k.flatten(1, 2)
+        (q16,q_scale),(k16,k_scale) = _rounded(q),_rounded(k)
+        off_here = _off(q, k, q16, k16, q_scale*k_scale)
+        off,share = max(off, off_here),max(share, off_here*math.prod(keys))
+        of = dict(map=list(size), keys=list(keys))
+        views.append(dict(scale=q_scale*k_scale, queries=_base64(q16), keys=_base64(k16), of=of))
+    if len(recs) == 1: views = [{k:v for k,v in view.items() if k != 'of'} for view in views]     # all are as the layer says
+    changes = [_number(c) for rec in recs for c in rec.changes[name].tolist()]
+    layer = dict(name=name, heads=heads, d=d, **of, pool=recs[0].pools[name], gamma=_number(recs[0].gammas.get(name, math.nan)),
+                 changes=changes, pictures=views)
+    return layer,off,share
+
+# %% ../../nbs/api/seeing/explorer.ipynb #78cc3981
+def _look(model, part, layers):
+    "A recorder that saw the query and key vectors of a part of the pictures"
+    with torch.no_grad(), eval_mode(model), AttentionRecorder(model, None, layers, False, vectors=True, which=part.which) as rec:
+        part.through(model)
+    return rec
+
+def _model(model, label, shown, layers):
     "What the page knows of a model, and the differences of its layers"
-    x = x.to(next(model.parameters()).device)
-    try: recorder = AttentionRecorder(model, points=None, layers=layers, stats=False, vectors=True)
+    try: AttentionRecorder(model, None, layers, False, vectors=True)
     except ValueError as e: raise ValueError(f"{label!r}: {e}") from None
-    with torch.no_grad(), eval_mode(model), recorder as rec: model(x)
-    if not rec.queries:
+    recs = [_look(model, part, layers) for part in shown.parts()]
+    names = [n for n in recs[0].queries if all(n in rec.queries for rec in recs)]
+    if not names:
         raise ValueError(f"no attention layer of {label!r} ran with a softmax of query and key vectors, so there is no map to show")
-    found,*offs = zip(*(_layer(rec, name, label) for name in rec.queries))
-    return dict(label=label, layers=found),*map(max, offs),[n for n in rec.changes if n not in rec.queries]
+    found,*offs = zip(*(_layer(recs, name, label) for name in names))
+    return dict(label=label, layers=found),*map(max, offs),[n for n in recs[0].changes if n not in names]
 
 # %% ../../nbs/api/seeing/explorer.ipynb #d9d3f93a
 def _data_uri(image, side=512):
@@ -122,11 +138,7 @@ def _target(fname, overwrite):
     return path
 
 def _write(path, text):
-    tmp = path.with_name(f'.{secrets.token_hex(8)}.tmp')
-    try:
-        with tmp.open('x', encoding='utf-8', newline='\n') as f: f.write(text)
-        tmp.replace(path)
-    finally: tmp.unlink(missing_ok=True)
+    with whole_file(path) as tmp, tmp.open('x', encoding='utf-8', newline='\n') as f: f.write(text)
 
 # %% ../../nbs/api/seeing/explorer.ipynb #01ca0895
 class Explorer:
@@ -168,7 +180,7 @@ def _named_models(learn, label, others):
 # %% ../../nbs/api/seeing/explorer.ipynb #c6490e1e
 _exact = ("How exact is this? The file holds each cell’s query and key vector, rounded to 16-bit whole numbers, and this page computes "
           "weights and statistics from them in double precision. Compared with unrounded vectors, on up to 64 query pixels of each map, "
-          "the largest difference in a weight was {off:.1g}, which is {share:.1g} on the colour scale. The models saw {h}×{w} pixels; "
+          "the largest difference in a weight was {off:.1g}, which is {share:.1g} on the colour scale. The models saw {seen} pixels; "
           "the pictures here are compressed, for drawing only.")
 
 def attention_explorer(
@@ -181,15 +193,16 @@ def attention_explorer(
     max_n:int=4, # how many of the validation set, if no `items` are given
     title:str='What attention sees', # of the page
     overwrite:bool=False, # replace `fname` also if it is no page that an explorer wrote
+    which:int=0, # of several pictures that the model takes at once, the one to look at
 )->Explorer: # a path, and live in a notebook
     "Write one HTML file for any browser that shows what the query pixel under a click attends to; errors come before anything is written"
     models,path = _named_models(learn, label, others),_target(fname, overwrite)
     if not isinstance(title, str): raise TypeError(f"`title` must be a str, got {type(title).__name__}")
-    x,images,_,names = pictures(learn, items, max_n)
-    h,w = x.shape[-2:]
-    shown,off,shares,without = zip(*(_model(m, l, x, layers) for l,m in models.items()))
-    views = [dict(name=name, h=h, w=w, src=_data_uri(im)) for name,im in zip(names, images)]
-    exact = _exact.format(off=max(off), share=max(shares), h=h, w=w)
+    p = pictures(learn, items, max_n, which)
+    shown,off,shares,without = zip(*(_model(m, l, p, layers) for l,m in models.items()))
+    sizes = [tuple(x.shape[-2:]) for part in p.parts() for x in part.x]
+    views = [dict(name=name, h=h, w=w, src=_data_uri(im)) for name,(h,w),im in zip(p.names, sizes, p.images)]
+    exact = _exact.format(off=max(off), share=max(shares), seen=', '.join(dict.fromkeys(f'{h}×{w}' for h,w in sizes)))
     left_out = sorted({name for names in without for name in names})
     if left_out:
         exact += f" Not shown, since there are no query and key vectors from which their maps could be made: {', '.join(left_out)}."

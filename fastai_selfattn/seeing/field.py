@@ -18,7 +18,7 @@ from fastai.vision.models.unet import DynamicUnet
 from torch import Tensor, nn
 
 from ..attention.kinds import attention_off
-from ..quiet import bare_model, eagerly, unchanged
+from ..quiet import bare_model, check_whole, each_tensor, eagerly, for_model, picture_tensors, unchanged
 from .record import cells_of, check_points, place_points
 
 # %% ../../nbs/api/seeing/field.ipynb #0b63879c
@@ -47,11 +47,11 @@ def _skips_kept(model):
         for h,stored in before: h.stored = stored
 
 # %% ../../nbs/api/seeing/field.ipynb #32b83cad
-def _output(model, x, module):
-    "The map that `model`, or the module at the path `module`, makes of the images `x`"
+def _output(model, inputs, x, module):
+    "The map that `model`, or the module at the path `module`, makes of `inputs`, which hold the images `x`"
     seen = []
     handle = module and bare_model(model).get_submodule(module).register_forward_hook(lambda m, args, out: seen.append(out))
-    try: y = model(x)
+    try: y = model(*inputs)
     finally:
         if handle: handle.remove()
     if module: y = seen[-1] if seen else None
@@ -67,10 +67,11 @@ def _channels(at, channel):
     if not 0 <= channel < at.shape[1]: raise ValueError(f"`channel` must be 0 to {at.shape[1]-1}, got {channel}")
     return torch.full((len(at),), int(channel), device=at.device)
 
-def _energy(model, x, point, channel, module):
+def _energy(model, inputs, which, point, channel, module):
     "Energy (h, w) of the gradient of the pixel at `point` of the output, and the channels that were taken"
-    x = x.detach().clone().requires_grad_()
-    y = _output(model, x, module)
+    inputs = each_tensor(lambda t: t.detach().clone(), inputs)
+    x = picture_tensors(inputs)[which].requires_grad_()
+    y = _output(model, inputs, x, module)
     cell, = cells_of([point], x.shape[2:], y.shape[2:])
     at = y.flatten(2)[...,cell]
     channel = _channels(at, channel)
@@ -83,21 +84,25 @@ def _energy(model, x, point, channel, module):
 # %% ../../nbs/api/seeing/field.ipynb #a8928a4f
 def receptive_field(
     model:nn.Module, # any model with attention layers whose output is a map
-    x:Tensor, # (bs, c, h, w) images as the model takes them; the energy is the mean over them
+    x, # (bs, c, h, w) images as the model takes them, or a tuple of all that it takes; the energy is the mean over the images
     point:tuple[int,int]=None, # the output pixel, by (row, col) in pixels of the image; the middle if None
     channel:int=None, # of the output; the largest at that pixel, image by image, if None
     module:str=None, # path of a module whose output is looked at, for models whose output is no map
     layers:str|Sequence[str]=None, # attention layers to switch off; all if None
     share:float=.9, # of the energy that the areas hold
+    which:int=0, # of several images that the model takes at once, the one to look at
 )->ReceptiveField:
     "The effective receptive field of an output pixel (arXiv 1701.04128), in eval mode; changes nothing; `ValueError`, `TypeError` if unfit"
-    if not isinstance(x, Tensor) or x.dim() < 3:
+    found = picture_tensors(x)
+    if not found:
         raise TypeError(f"`x` must be a batch of images (bs, c, h, w), got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}")
+    which, = check_whole(0, which=which)
+    if which >= len(found): raise ValueError(f"`which` must be below {len(found)}, the number of images in `x`, got {which}")
     if not 0 < share < 1: raise ValueError(f"`share` must lie between 0 and 1, got {share}")
-    x,size = x.as_subclass(Tensor),tuple(x.shape[2:])
+    inputs,size = for_model(model, x if isinstance(x, tuple) else (x,)),tuple(found[which].shape[2:])
     point, = place_points('center' if point is None else check_points([point]), size, 0)
     with torch.inference_mode(False), eagerly(), _skips_kept(model):
-        with unchanged(model): on,channels = _energy(model, x, point, channel, module)
+        with unchanged(model): on,channels = _energy(model, inputs, which, point, channel, module)
         with unchanged(model), attention_off(model, layers):     # the same random numbers
-            off,_ = _energy(model, x, point, channels, module)
+            off,_ = _energy(model, inputs, which, point, channels, module)
     return ReceptiveField(on, off, _area(on, share), _area(off, share), share, point)

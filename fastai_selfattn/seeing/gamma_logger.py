@@ -8,6 +8,7 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/seeing/gamma_logger.
 __all__ = ['GammaLogger']
 
 # %% ../../nbs/api/seeing/gamma_logger.ipynb #9695472f
+import sys
 import warnings
 from contextlib import ExitStack
 
@@ -27,6 +28,19 @@ def warn_once(callback, what, why=''):
     "Warn of `what` unless `callback` has done so in this fit"
     if what not in callback._warned: warnings.warn(f"{type(callback).__name__}: {what}{why and ': '}{why}")
     callback._warned.add(what)
+
+# %% ../../nbs/api/seeing/gamma_logger.ipynb #1abe7b84
+def mend_wandb(
+    cbs, # the callbacks of a Learner
+):
+    "Let a `WandbCallback` among `cbs` begin also with the fastai versions whose own fails at any setting"
+    module = sys.modules.get('fastai.callback.wandb')
+    if module is None or not any(isinstance(cb, module.WandbCallback) for cb in cbs): return
+    try: module._format_config_value(True)
+    except TypeError:
+        init_args,unwritable = module.init_args,('dls','model','cbs')
+        def mended(o): return {k:v for k,v in init_args(o).items() if k not in unwritable} if hasattr(o, '__dict__') else {}
+        module.init_args = mended
 
 # %% ../../nbs/api/seeing/gamma_logger.ipynb #8cdb1fbc
 class _Watch:
@@ -61,7 +75,7 @@ def _is_compiled(module):
 # %% ../../nbs/api/seeing/gamma_logger.ipynb #6edb6260
 class GammaLogger(Callback):
     "Log gamma of every attention layer: a column each in the training table, and each training step, which is a batch, in `history`"
-    order,remove_on_fetch = Recorder.order+1,True
+    order,remove_on_fetch = Recorder.order+.5,True     # after the table is made, and before `WandbCallback` begins
     def __init__(self,
         every:int=1, # log each so many training steps
         history:pd.DataFrame=None, # of an earlier run, to go on with
@@ -89,6 +103,7 @@ class GammaLogger(Callback):
 # %% ../../nbs/api/seeing/gamma_logger.ipynb #bb981a22
 @patch
 def before_fit(self:GammaLogger):
+    mend_wandb(self.learn.cbs)
     layers = attention_layers(self.learn.model)
     self._short = dict(zip(short_names(layers), layers.values()))
     self._with_gamma = {s:m for s,m in self._short.items() if gamma_of(m) is not None}
@@ -119,9 +134,20 @@ def before_train(self:GammaLogger):
     if not self._logging: return
     if not self._short: return warn_once(self, "no attention layer in this model, so there is no gamma to log")
     if not self._with_gamma: warn_once(self, "no attention layer in this model has a gamma, so only the change of the features is logged")
+    unknown = self._unknown()
+    if unknown:
+        warn_once(self, f"not trained: {', '.join(unknown)}, as the optimizer was made before and does not know the parameters; "
+                        "insert with `learn.insert_attention(...)`, or call `learn.create_opt()` once more")
     if not self._in_table: warn_once(self, "this Learner has another `GammaLogger`, which adds the columns; one is enough")
     self._at = max(self._at, float(self.epoch))     # further on where training is resumed
     if not self._rows: self._log({})
+
+@patch
+def _unknown(self:GammaLogger):
+    "Paths of the layers with parameters that the optimizer does not know"
+    known = {id(p) for group in self.opt.param_lists for p in group}
+    if not any(id(p) in known for p in self.learn.model.parameters()): return []     # it trains copies, as in some mixed precision
+    return [path or 'model' for path,m in attention_layers(self.learn.model).items() if any(id(p) not in known for p in m.parameters())]
 
 @patch
 def before_batch(self:GammaLogger):

@@ -8,6 +8,7 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/seeing/interpret.htm
 __all__ = ['AttentionInterpretation']
 
 # %% ../../nbs/api/seeing/interpret.ipynb #7e5d6abd
+import inspect
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -17,14 +18,14 @@ import torch
 from fastai.callback.core import Callback
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.torch_core import to_device
 from fastcore.basics import patch
+from torch import Tensor
 
 from .plot import plot_attention
-from .pictures import pictures
+from .pictures import numbered_pictures
 from .record import AttentionRecorder
 from ..attention.kinds import attention_off
-from ..quiet import check_whole, eval_mode, random_kept
+from ..quiet import InPrecision, check_whole, eval_mode, first_batches, inputs_of, n_rows, random_kept, rows
 
 # %% ../../nbs/api/seeing/interpret.ipynb #90612173
 class _Collect(Callback):
@@ -33,15 +34,54 @@ class _Collect(Callback):
 
     def after_pred(self):
         for name,s in self.rec.stats.items():
-            n,(h,w) = len(s.distance),self.rec.sizes[name]
+            n,size = len(s.distance),self.rec.sizes[name]
             far,sharp = s.distance.flatten(1).argmax(1),s.entropy.flatten(1).argmin(1)
+            def cell(i): return tuple(int(k) for k in np.unravel_index(i.item(), size))
             for i in range(n):
                 means = {k:t[i].mean().item() for k,t in s._asdict().items()}
-                cells = dict(farthest=divmod(far[i].item(), w), sharpest=divmod(sharp[i].item(), w), cells=(h,w))
+                cells = dict(farthest=cell(far[i]), sharpest=cell(sharp[i]), cells=size)
                 self.rows.append(dict(picture=self.n+i, layer=name, change=self.rec.changes[name][i].item(), **means, **cells))
         self.n += n
 
 # %% ../../nbs/api/seeing/interpret.ipynb #ae8dc6b7
+def _takes_reduction(loss):
+    "Whether fastai can ask `loss` for the value of each picture"
+    if hasattr(loss, 'reduction'): return True
+    try: return 'reduction' in inspect.signature(loss).parameters
+    except (TypeError,ValueError): return False     # such as of a function in C
+
+def _losses(learn):
+    "The loss of each picture of a batch that was predicted; where the loss gives only their mean, of one picture after the other"
+    loss,pred,yb,n = learn.loss_func,learn.pred,learn.yb,n_rows(learn.yb)
+    if _takes_reduction(loss):
+        with learn.loss_not_reduced(): each = learn.loss_func(pred, *yb)
+        if each.numel()%n == 0: return each.detach().reshape(n, -1).mean(1)
+    one_by_one = [loss(rows(pred, slice(i, i+1)), *rows(yb, slice(i, i+1))) for i in range(n)]
+    return torch.stack([l.detach().mean() for l in one_by_one])
+
+class _Losses(Callback):
+    "After each prediction, the loss of each picture"
+    order = InPrecision.order+1
+    def __init__(self): self.losses = []
+    def after_pred(self): self.losses.append(_losses(self.learn).as_subclass(Tensor).cpu())
+
+# %% ../../nbs/api/seeing/interpret.ipynb #88bfe460
+def _in_order(dl):
+    "A loader like `dl`, fastai's or PyTorch's, that goes through the whole data set in order"
+    if isinstance(dl, DataLoader): return dl.new(shuffle=False, drop_last=False)
+    if not isinstance(dl, torch.utils.data.DataLoader):
+        raise TypeError(f"`dl` must be a DataLoader of fastai or PyTorch, got {type(dl).__name__}")
+    if isinstance(dl.dataset, torch.utils.data.IterableDataset):
+        raise TypeError("the data set of this DataLoader is a stream, and its pictures have no numbers: give one with a length")
+    return torch.utils.data.DataLoader(dl.dataset, dl.batch_size or 1, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
+
+def _check_labels(learn, dl):
+    if not len(dl): raise ValueError("no pictures: this data set is empty, as in a Learner that was exported; give `dl`")
+    (batch,*_),_ = first_batches(dl)
+    if len(batch) <= inputs_of(learn.dls, batch):
+        raise ValueError("these pictures have no labels, so there is no loss: give a `dl` with labels")
+
+# %% ../../nbs/api/seeing/interpret.ipynb #049f107d
 _orders = {'farthest':('distance',False), 'sharpest':('entropy_share',True), 'loss':('gain',False)}
 
 class AttentionInterpretation:
@@ -50,7 +90,8 @@ class AttentionInterpretation:
         learn:Learner,
         dl:DataLoader, # that gives the pictures, in a fixed order
         df:pd.DataFrame, # as `from_learner` makes it
-    ): self.learn,self.dl,self.df = learn,dl,df
+        which:int=0, # of several pictures that the model takes at once, the one that was looked at
+    ): self.learn,self.dl,self.df,self.which = learn,dl,df,which
 
     @classmethod
     def from_learner(cls,
@@ -58,22 +99,24 @@ class AttentionInterpretation:
         ds_idx:int=1, # 0: training set, 1: validation set, if no `dl` is given
         dl:DataLoader=None, # labelled pictures, such as `learn.dls.test_dl(items, with_labels=True)`
         layers:str|Sequence[str]=None, # names or patterns of layers; all if None
+        which:int=0, # of several pictures that the model takes at once, the one to look at
     ):
         "Go through the pictures twice, with attention and without; what the model and the Learner are is left as it was"
         with random_kept():
-            dl = (learn.dls[ds_idx] if dl is None else dl).new(shuffle=False, drop_last=False)
-            if not len(dl): raise ValueError("no pictures: this data set is empty, as in a Learner that was exported; give `dl`")
+            dl = _in_order(learn.dls[ds_idx] if dl is None else dl)
+            _check_labels(learn, dl)
             def losses(*cbs):
-                return learn.get_preds(dl=dl, with_loss=True, with_preds=False, with_targs=False, reorder=False, cbs=list(cbs))[-1]
+                learn.get_preds(dl=dl, with_preds=False, with_targs=False, reorder=False, cbs=[*cbs, InPrecision(), each := _Losses()])
+                return torch.cat(each.losses)
             with eval_mode(learn.model) as model:
-                with AttentionRecorder(model, None, layers) as rec: on = losses(collect := _Collect(rec))
+                with AttentionRecorder(model, None, layers, which=which) as rec: on = losses(collect := _Collect(rec))
                 with attention_off(model, layers): off = losses()
         df = pd.DataFrame(collect.rows)
         i = df.picture.to_numpy()
         df.insert(2, 'loss', on.double().numpy()[i])
         df.insert(3, 'loss_off', off.double().numpy()[i])
         df.insert(4, 'gain', df.loss_off-df.loss)
-        return cls(learn, dl, df)
+        return cls(learn, dl, df, which)
 
 # %% ../../nbs/api/seeing/interpret.ipynb #2fc19a09
 @patch
@@ -94,6 +137,19 @@ def top(self:AttentionInterpretation,
     return df if k is None else df.head(k)
 
 # %% ../../nbs/api/seeing/interpret.ipynb #eb08ae38
+def _middle(cell, map_size, image_size):
+    "The pixel of the image in the middle of a cell of the map"
+    return tuple((2*i+1)*side//(2*cells) for i,cells,side in zip(cell, map_size, image_size))
+
+def _own_maps(model, p, points, name):
+    "The map of each picture's own point"
+    points,maps = iter(points),[]
+    for part in p.parts():
+        own = [next(points) for _ in part.names]
+        with torch.no_grad(), eval_mode(model), AttentionRecorder(model, own, name, stats=False, which=p.which) as rec: part.through(model)
+        maps += [rec.maps[name][i,i] for i in range(len(own))]
+    return maps
+
 def _new_axes(n_rows, ratio, imsize):
     figsize = min(7, 2*imsize*ratio+1),(imsize+.25)*n_rows
     return plt.subplots(n_rows, 2, figsize=figsize, squeeze=False, layout='constrained')[1]
@@ -109,17 +165,13 @@ def plot_top(self:AttentionInterpretation,
 )->np.ndarray: # (k, 2) axes
     "Draw pictures in the order of what attention does in them, with the map of the most telling query pixel"
     rows = self.top(by, k, layer, largest)
-    with random_kept():
-        device = next(self.learn.model.parameters()).device
-        items = self.dl.before_batch([self.dl.do_item(i) for i in rows.picture])
-        batch = to_device(self.dl.create_batch(items), device)
-        p = pictures(self.learn, self.dl.after_batch(batch)[0])
-    h,w = p.images.shape[-2:]
+    name,nd = rows.layer.iloc[0],len(rows.cells.iloc[0])
+    if nd != 2: raise ValueError(f"layer {name} has maps of {nd} dimension{'s'*(nd > 1)}, and only 2d ones can be drawn: see `top`")
+    p = numbered_pictures(self.learn, self.dl, rows.picture, self.which)
     cells = rows['sharpest' if by == 'sharpest' else 'farthest']
-    points = [((2*r+1)*h//(2*mh), (2*c+1)*w//(2*mw)) for (r,c),(mh,mw) in zip(cells, rows.cells)]
-    name = rows.layer.iloc[0]
-    with torch.no_grad(), eval_mode(self.learn.model) as model, AttentionRecorder(model, points, name, stats=False) as rec: model(p.x)
-    maps = [rec.maps[name][i,i] for i in range(len(rows))]
+    points = [_middle(cell, size, image.shape[-2:]) for cell,size,image in zip(cells, rows.cells, p.images)]
+    maps = _own_maps(self.learn.model, p, points, name)
+    h,w = p.images[0].shape[-2:]
     vmax = max(2., *(m.max().item()*m.numel() for m in maps))
     if axs is None: axs = _new_axes(len(rows), w/h, imsize)
     for (left,right),image,m,point,row in zip(axs, p.images, maps, points, rows.itertuples()):

@@ -29,8 +29,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..attention.kinds import attention_layers, choose_layers
-from ..quiet import bare_model, check_whole, eval_mode, random_kept
-from .gamma_logger import GammaLogger, warn_once
+from ..quiet import bare_model, check_whole, eval_mode, random_kept, whole_file
+from .gamma_logger import GammaLogger, mend_wandb, warn_once
 from .pictures import pictures
 from .plot import plot_attention, show_attention, show_attention_growth
 from .record import AttentionRecorder, check_points
@@ -49,9 +49,8 @@ def _whole(dls):
     return dls
 
 # %% ../../nbs/api/seeing/map_logger.ipynb #892b1d92
-class _Seen(NamedTuple):
-    "What an `AttentionRecorder` saw after an epoch"
-    epoch:int
+class _Look(NamedTuple):
+    "What an `AttentionRecorder` saw"
     points:list
     maps:dict
     gammas:dict
@@ -59,11 +58,23 @@ class _Seen(NamedTuple):
     stats:dict
     pools:dict
 
+class _Seen(NamedTuple):
+    "What was seen after an epoch: of all pictures at once, or one by one if their sizes differ"
+    epoch:int
+    looks:list     # of `_Look`
+
+    def __getattr__(self, name): return getattr(self.looks[0], name)     # what is the same for all
+
+    def of(self, i):
+        "The look at picture `i`, and its index there"
+        return (self.looks[0],i) if len(self.looks) == 1 else (self.looks[i],0)
+
     def gamma(self, layer): return self.gammas.get(layer, math.nan)     # a layer need not have one
 
+# %% ../../nbs/api/seeing/map_logger.ipynb #a15d9fbf
 class AttentionMapLogger(Callback):
     "Record what chosen query pixels of fixed pictures attend to, before training and after epochs, in every attention layer"
-    order,remove_on_fetch = GammaLogger.order+1,True     # after `TensorBoardCallback` and `WandbCallback` have begun
+    order,remove_on_fetch = GammaLogger.order+.25,True     # before `WandbCallback` begins
     def __init__(self,
         items:Sequence=None, # pictures, as `record.pictures` takes them; the first of the validation set if None
         points:Sequence[tuple[int,int]]|str|int='center', # query pixels, as `AttentionRecorder` takes them
@@ -72,8 +83,9 @@ class AttentionMapLogger(Callback):
         layers:str|Sequence[str]=None, # names or patterns of layers; all if None
         max_n:int=2, # pictures of the validation set, if no `items` are given
         seed:int=0, # of points that are drawn at random
+        which:int=0, # of several pictures that the model takes at once, the one to look at
     ):
-        every,max_n = check_whole(every=every, max_n=max_n)
+        (every,max_n),(self.which,) = check_whole(every=every, max_n=max_n),check_whole(0, which=which)
         if points is None: raise ValueError("`points` must say which query pixels to record, got None")
         if not (layers is None or isinstance(layers, Sequence) and all(isinstance(l, str) for l in layers)):
             raise TypeError(f"`layers` must be names of attention layers, got {layers!r}")
@@ -95,20 +107,23 @@ def _try(self:AttentionMapLogger, what, f, *args):
 
 @patch
 def _look(self:AttentionMapLogger, pictures):
+    "What is seen in each part of `pictures`"
     model = bare_model(self.learn.model)
-    with torch.no_grad(), random_kept(), eval_mode(model), AttentionRecorder(model, self.points, self.layers, seed=self.seed) as rec:
-        model(pictures.x.to(next(model.parameters())))
-    return rec
+    def look(part):
+        recorder = AttentionRecorder(model, self.points, self.layers, seed=self.seed, which=self.which)
+        with torch.no_grad(), random_kept(), eval_mode(model), recorder as rec: part.through(model)
+        return _Look(*(getattr(rec, field) for field in _Look._fields))
+    return [look(part) for part in pictures.parts()]
 
 @patch
 def _record(self:AttentionMapLogger):
-    rec = self._look(self.pictures)
-    self._seen.append(_Seen(self._done, rec.points, rec.maps, rec.gammas, rec.changes, rec.stats, rec.pools))
+    self._seen.append(_Seen(self._done, self._look(self.pictures)))
     self._show()
 
 # %% ../../nbs/api/seeing/map_logger.ipynb #cdc711ae
 @patch
 def before_fit(self:AttentionMapLogger):
+    mend_wandb(self.learn.cbs)
     self._warned.clear()
     self._trained = self._missed = False
     looking = hasattr(self.learn, 'lr_finder') or self.learn.lock.locked()     # `validate` and `get_preds` hold the lock
@@ -120,7 +135,7 @@ def before_fit(self:AttentionMapLogger):
     choose_layers(self.learn.model, self.layers)     # this and what follows raise now if they must, before training has begun
     if self._seen: return
     self._check_path()
-    found = pictures(SimpleNamespace(dls=_whole(self.dls), model=self.learn.model), self.items, self.max_n)
+    found = pictures(SimpleNamespace(dls=_whole(self.dls), model=self.learn.model), self.items, self.max_n, self.which)
     self._look(found)
     self.pictures = found
 
@@ -155,30 +170,35 @@ def after_fit(self:AttentionMapLogger):
 def stats(self:AttentionMapLogger)->pd.DataFrame: # entropy in nats, distance in pixels of the image
     "A row for each recorded epoch, layer and picture: gamma, change of the features, and the means of the statistics over all query pixels"
     def row(seen, name, i):
-        means = {k:t[i].mean().item() for k,t in seen.stats[name]._asdict().items()}
-        return dict(epoch=seen.epoch, layer=name, picture=i, gamma=seen.gamma(name), change=seen.changes[name][i].item(), **means)
-    return pd.DataFrame([row(seen, name, i) for seen in self._seen for name,s in seen.stats.items() for i in range(len(s.entropy))])
+        look,j = seen.of(i)
+        means = {k:t[j].mean().item() for k,t in look.stats[name]._asdict().items()}
+        return dict(epoch=seen.epoch, layer=name, picture=i, gamma=seen.gamma(name), change=look.changes[name][j].item(), **means)
+    return pd.DataFrame([row(seen, name, i) for seen in self._seen for name in seen.stats for i in range(len(self.pictures.images))])
 
 @patch
 def maps(self:AttentionMapLogger,
     layer:str=None, # name of a layer; the first one if None
 )->tuple[str,list[int],list[float],Tensor]: # its name, the epochs, gamma at each, and the maps (epochs, pictures, points, *map size)
-    "All maps of one layer; `ValueError` if there is no such layer, or nothing was recorded yet"
+    "All maps of one layer, a list by picture if sizes differ; `ValueError` if there is no such layer, or nothing was recorded yet"
     if not self._seen: raise ValueError("nothing was recorded yet: train the Learner with this callback first")
     names = list(dict.fromkeys(n for seen in self._seen for n in seen.maps))
     if layer is None: layer = names[0]
     if layer not in names: raise ValueError(f"no attention layer {layer!r}: there are {', '.join(names)}")
-    epochs,gammas,maps = zip(*((seen.epoch, seen.gamma(layer), seen.maps[layer]) for seen in self._seen if layer in seen.maps))
-    return layer,list(epochs),list(gammas),torch.stack(maps)
+    shown = [seen for seen in self._seen if layer in seen.maps]
+    maps = [torch.stack([look.maps[layer] for look in looks]) for looks in zip(*(seen.looks for seen in shown))]
+    maps = maps[0] if len(maps) == 1 else [m[:,0] for m in maps]
+    return layer,[seen.epoch for seen in shown],[seen.gamma(layer) for seen in shown],maps
 
 @patch
 def _one(self:AttentionMapLogger, picture, point, layer):
     "Picture, maps over time, query pixel and labels of one query pixel"
     _,epochs,gammas,maps = self.maps(layer)
-    for what,i,n in (('picture',picture,maps.shape[1]),('point',point,maps.shape[2])):
+    if isinstance(maps, Tensor): maps = maps.unbind(1)
+    points = self._seen[-1].of(picture%len(maps))[0].points
+    for what,i,n in (('picture',picture,len(maps)),('point',point,len(points))):
         if not -n <= i < n: raise ValueError(f"`{what}` must be 0 to {n-1}, got {i}")
     labels = [f'epoch {e}\ngamma {g:.3g}' if g == g else f'epoch {e}' for e,g in zip(epochs, gammas)]     # NaN where there is none
-    return self.pictures.images[picture],maps[:,picture,point],self._seen[-1].points[point],labels
+    return self.pictures.images[picture],maps[picture][:,point],points[point],labels
 
 # %% ../../nbs/api/seeing/map_logger.ipynb #ee29e156
 @patch
@@ -215,20 +235,27 @@ def save_gif(self:AttentionMapLogger,
         frames.append(Image.fromarray(_rendered(fig)))
         fig.set_layout_engine('none')     # every frame is laid out as the first one, which saves time besides
     ms = round(1000*seconds)
-    frames[0].save(fname, format='GIF', save_all=True, append_images=frames[1:], duration=[ms]*(len(frames)-1)+[3*ms], loop=0)
+    durations = [ms]*(len(frames)-1) + [3*ms]
+    with whole_file(fname) as tmp: frames[0].save(tmp, format='GIF', save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 # %% ../../nbs/api/seeing/map_logger.ipynb #383c772a
 @patch
 def _overlays(self:AttentionMapLogger):
     "(layer, picture, pixels) of the last record, a figure for each layer and picture"
-    seen,(h,w) = self._seen[-1],self.pictures.images.shape[-2:]
+    seen,names = self._seen[-1],self.pictures.names
     for name in seen.maps:
-        for i in range(len(self.pictures.images)):
-            fig = Figure(figsize=(2.2*w/h*(len(seen.points)+1)+1, 2.8), dpi=100, layout='constrained')
-            axs = fig.subplots(1, len(seen.points)+1, squeeze=False)
-            show_attention(self.pictures.images, seen.maps, seen.points, name, i, titles=self.pictures.names,
-                           gammas=seen.gammas, pools=seen.pools, ax=axs)
+        for i,image in enumerate(self.pictures.images):
+            look,j = seen.of(i)
+            fig = _strip(image, len(look.points)+1, 2.2, 2.8)
+            axs = fig.subplots(1, len(look.points)+1, squeeze=False)
+            maps = {name:look.maps[name][j:j+1]}
+            show_attention(image[None], maps, look.points, titles=names[i:i+1], gammas=look.gammas, pools=look.pools, ax=axs)
             yield name,i,_rendered(fig)
+
+def _strip(image, n, imsize, height):
+    "A figure for `n` pictures beside each other"
+    h,w = image.shape[-2:]
+    return Figure(figsize=(imsize*w/h*n+1, height), dpi=100, layout='constrained')
 
 def _file(epoch, name, i, ending='png'):
     "Name of the file with one layer and picture, of an epoch or, if `epoch` is None, of the growth"
@@ -249,27 +276,33 @@ def _show(self:AttentionMapLogger):
             self._try("no pictures for W&B", lambda: wandb.log({tag:wandb.Image(pixels)}, step=max(0, wandb_cb._wandb_step)))
 
 # %% ../../nbs/api/seeing/map_logger.ipynb #d7f5a2a3
+def _save(pixels, path):
+    with whole_file(path) as tmp: Image.fromarray(pixels).save(tmp, format='PNG')
+
 @patch
 def _write(self:AttentionMapLogger, name, i, pixels):
     "One overlay, and the index with it"
     seen = self._seen[-1]
     self.path.mkdir(parents=True, exist_ok=True)
     file = _file(seen.epoch, name, i)
-    Image.fromarray(pixels).save(self.path/file)
-    points = ' '.join(f'({", ".join(map(str, p))})' for p in seen.points)
+    _save(pixels, self.path/file)
+    points = ' '.join(f'({", ".join(map(str, p))})' for p in seen.of(i)[0].points)
     self._files.append(dict(file=file, epoch=seen.epoch, layer=name, gamma=seen.gamma(name), picture=i,
                             name=self.pictures.names[i], points=points))
-    pd.DataFrame(self._files).to_csv(self.path/'index.csv', index=False)
+    with whole_file(self.path/'index.csv') as tmp: pd.DataFrame(self._files).to_csv(tmp, index=False)
 
 @patch
 def _write_growth(self:AttentionMapLogger):
     "How the map of the first query pixel grew, as a picture and a GIF, for each layer and picture"
     self.path.mkdir(parents=True, exist_ok=True)
-    h,w = self.pictures.images.shape[-2:]
     for name in self._seen[-1].maps:
         for i in range(len(self.pictures.images)):
-            n = min(8, len(self.maps(name)[1]))
-            fig = Figure(figsize=(1.8*w/h*n+1, 2.35), dpi=100, layout='constrained')
-            self.show_growth(i, 0, name, n, fig.subplots(1, n, squeeze=False)[0])
-            Image.fromarray(_rendered(fig)).save(self.path/_file(None, name, i))
-            self.save_gif(self.path/_file(None, name, i, 'gif'), i, 0, name)
+            self._try("cannot write to `path`", self._write_strip, name, i)     # each for itself: one that fails takes no other with it
+            self._try("cannot write to `path`", self.save_gif, self.path/_file(None, name, i, 'gif'), i, 0, name)
+
+@patch
+def _write_strip(self:AttentionMapLogger, name, i):
+    n = min(8, len(self.maps(name)[1]))
+    fig = _strip(self.pictures.images[i], n, 1.8, 2.35)
+    self.show_growth(i, 0, name, n, fig.subplots(1, n, squeeze=False)[0])
+    _save(_rendered(fig), self.path/_file(None, name, i))

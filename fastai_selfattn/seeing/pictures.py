@@ -16,19 +16,40 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 from PIL import Image
+from fastai.data.core import Datasets, TfmdLists
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
+from fastai.torch_core import to_device
 from fastai.vision.core import TensorImage
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..quiet import one_batch, random_kept
+from ..quiet import (as_sequence, check_whole, each_tensor, first_batches, for_model, inputs_of, n_rows, picture_tensors,
+                                   random_kept, rows, tensors)
 
 # %% ../../nbs/api/seeing/pictures.ipynb #8f96bb1e
 class Pictures(NamedTuple):
     "Pictures as a model takes them and as people see them"
-    x:Tensor        # (bs, c, h, w) on the model's device
-    images:Tensor   # (bs, 1 or 3, h, w) from 0 to 1, on the CPU
+    batches:list    # what the model is called with, on its device: all at once, or one by one if sizes differ
+    images:Tensor   # (bs, 1 or 3, h, w) from 0 to 1, on the CPU; a list of (1 or 3, h, w) if sizes differ
     items:list      # what they were made from
     names:list      # what to call them: file names, numbers, else 'picture 0' and so on
+    which:int=0     # of several pictures that the model takes at once, the one that is shown
+
+    @property
+    def x(self)->Tensor: # (bs, c, h, w); a list of (1, c, h, w) if sizes differ
+        "The pictures that are shown, as the model takes them"
+        found = [picture_tensors(b)[self.which] for b in self.batches]
+        return found[0] if len(found) == 1 else found
+
+    def parts(self)->list: # of `Pictures`, each with a single batch
+        "What goes through the model at once"
+        if len(self.batches) == 1: return [self]
+        each = zip(self.batches, self.images, self.items, self.names)
+        return [Pictures([batch], image[None], [item], [name], self.which) for batch,image,item,name in each]
+
+    def through(self, model:nn.Module):
+        "What `model` makes of a single part, in the precision of `model`"
+        return model(*for_model(model, self.batches[0]))
 
 def _as_seen(t):
     "Pictures (bs, c, h, w) of any range and number of channels as (bs, 1 or 3, h, w) from 0 to 1"
@@ -51,36 +72,97 @@ def _none(items, max_n):
     else: why = "the validation set is, as in a Learner that was exported"
     return ValueError(f"no pictures to show: {why}: give `items`")
 
-def _batch(dls, items, max_n):
-    "The pictures as `items`, the loader that prepares them, and the batch that it gives"
-    if items is None and not hasattr(dls.valid_ds, 'items'):     # a data set without items, such as one of PyTorch's
-        got = one_batch(dls)
-        if not (got and max_n): raise _none(items, max_n)
-        return range(max_n),dls.valid,[got[0][0][:max_n]]
-    if isinstance(items, Tensor): return items,dls.valid,[items.as_subclass(TensorImage)]     # `TensorImage()` would make float64 float32
-    shown = dls.valid_ds.items[:max_n] if items is None else items
-    if not len(shown): raise _none(items, max_n)
+def _is_fastais(dls): return isinstance(dls.valid_ds, (Datasets,TfmdLists))     # data of others may have `items` too, of another meaning
+
+def _are_single(dl): return getattr(dl, 'bs', getattr(dl, 'batch_size', None)) == 1     # fastai's or PyTorch's loader
+
+def _made(dl, shown, batch):
+    "What `batch` makes of the examples `shown`: a batch, or one each where `dl` has such or sizes differ"
+    if not _are_single(dl):
+        try: return [as_sequence(batch(shown))]
+        except Exception: pass     # pictures of different sizes make no batch; what else is wrong comes up again
+    return [as_sequence(batch(shown[i:i+1])) for i in range(len(shown))]
+
+def _through_loader(dls, shown):
+    "The batches that the pipeline of validation makes of the examples `shown`, and the loader that decodes them"
+    if not isinstance(dls.valid, DataLoader): return _made(dls.valid, shown, dls.valid.collate_fn),dls.valid
     for o in shown:
         if isinstance(o, Image.Image): o.load()     # `Image.open` does not, and fastai does not either
-    dl = dls.test_dl(shown, bs=len(shown), num_workers=0)
-    return shown,dl,dl.one_batch()
+    def loader(some): return dls.test_dl(some, bs=len(some), num_workers=0)
+    return _made(dls.valid, shown, lambda some: loader(some).one_batch()),loader(shown)
 
+def _batches(dls, items, max_n):
+    "The pictures as `items`, the batches that hold them, how many parts of each go into the model, and the loader that decodes them"
+    if isinstance(items, Tensor): return items,[[items.as_subclass(TensorImage)]],1,dls.valid     # `TensorImage()` makes float64 float32
+    if isinstance(items, dict): items = items,
+    if isinstance(items, tuple) and picture_tensors(items): return range(n_rows(items)),[items],len(items),dls.valid
+    if items is None and not _is_fastais(dls):
+        got = first_batches(dls, max_n if _are_single(dls.valid) else 1)
+        if not (got and max_n): raise _none(items, max_n)
+        return range(max_n),[rows(b, slice(max_n)) for b in got[0]],got[1],dls.valid
+    shown = dls.valid_ds.items[:max_n] if items is None else items
+    if not len(shown): raise _none(items, max_n)
+    batches,dl = _through_loader(dls, shown)
+    return shown,batches,inputs_of(dls, batches[0]),dl
+
+# %% ../../nbs/api/seeing/pictures.ipynb #37397a7d
+def _picture(batch, which):
+    "The picture that is shown of what a model takes"
+    found = picture_tensors(batch)
+    if not found or found[0].dim() != 4:
+        got = next(iter(batch), None)
+        got = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
+        raise ValueError(f"pictures must be (bs, channels, h, w), got {got}")
+    if which >= len(found): raise ValueError(f"`which` must be below {len(found)}, the number of pictures in an input, got {which}")
+    return found[which]
+
+def _seen(dl, batch, n_inp, which):
+    "The picture that is shown as people see it"
+    seen = dl.decode(tuple(batch)) if hasattr(dl, 'decode') else batch
+    return _as_seen(_picture(seen[:n_inp], which))
+
+def _joined(batches):
+    "`batches` as one, if their tensors have the same shapes"
+    if len({tuple(t.shape for t in tensors(b)) for b in batches}) > 1: return batches
+    columns = zip(*map(tensors, batches))
+    return [each_tensor(lambda t: torch.cat(next(columns)), batches[0])]
+
+def _pictures(model, dl, shown, batches, n_inp, which):
+    images,inputs = [_seen(dl, b, n_inp, which) for b in batches],_joined([tuple(b[:n_inp]) for b in batches])
+    images = torch.cat(images) if len(inputs) == 1 else [im[0] for im in images]
+    shown = [row for _,row in shown.iterrows()] if isinstance(shown, pd.DataFrame) else list(shown)[:len(images)]
+    device = next(model.parameters(), torch.empty(0)).device
+    inputs = each_tensor(lambda t: t.as_subclass(Tensor).to(device), inputs)
+    return Pictures(inputs, images, shown, [_name(o, i) for i,o in enumerate(shown)], which)
+
+# %% ../../nbs/api/seeing/pictures.ipynb #a59add79
 def pictures(
     learn:Learner, # its `dls` make the pictures
-    items:Sequence=None, # such as file names, for its pipeline, or (bs, c, h, w), for its model; the first of the validation set if None
+    items:Sequence=None, # such as file names; or what its model takes: (bs, c, h, w), a tuple, a dict; some of validation if None
     max_n:int=3, # how many of the validation set, if no `items` are given
+    which:int=0, # of several pictures that the model takes at once, the one to show
 )->Pictures:
     "Pictures to look at attention with; `ValueError` if there are none or if they are not 2d"
-    dls = learn.dls
+    dls,(which,) = learn.dls,check_whole(0, which=which)
     if isinstance(items, (str,Path,Image.Image)): items = [items]
     if len(dls.loaders) < 2:
         raise ValueError("these DataLoaders have no validation set, and its pipeline prepares the pictures: give the Learner one")
-    with random_kept(): shown,dl,batch = _batch(dls, items, max_n)
-    x = batch[0]
-    if not isinstance(x, Tensor) or x.dim() != 4:
-        raise ValueError(f"pictures must be (bs, channels, h, w), got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}")
-    if not len(x): raise _none(items, max_n)
-    seen = dl.decode(tuple(batch))[0] if hasattr(dl, 'decode') else x
-    shown = [row for _,row in shown.iterrows()] if isinstance(shown, pd.DataFrame) else list(shown)[:len(x)]
-    device = next(learn.model.parameters()).device
-    return Pictures(x.as_subclass(Tensor).to(device), _as_seen(seen), shown, [_name(o, i) for i,o in enumerate(shown)])
+    with random_kept(): shown,batches,n_inp,dl = _batches(dls, items, max_n)
+    if not sum(len(_picture(b[:n_inp], which)) for b in batches): raise _none(items, max_n)
+    return _pictures(learn.model, dl, shown, batches, n_inp, which)
+
+# %% ../../nbs/api/seeing/pictures.ipynb #2a0e5f32
+def numbered_pictures(
+    learn:Learner, # whose model takes them
+    dl, # a loader of fastai or PyTorch
+    numbers:Sequence[int], # in the data set of `dl`
+    which:int=0, # of several pictures that the model takes at once, the one to show
+)->Pictures:
+    "The pictures with these `numbers` in the data set of `dl`; `ValueError` if they are not 2d"
+    def batch(some):
+        if not isinstance(dl, DataLoader): return dl.collate_fn([dl.dataset[i] for i in some])
+        made = dl.create_batch(dl.before_batch([dl.do_item(i) for i in some]))
+        return dl.after_batch(to_device(made, dl.device) if dl.device else made)
+    numbers = [int(i) for i in numbers]
+    with random_kept(): batches = _made(dl, numbers, batch)
+    return _pictures(learn.model, dl, numbers, batches, inputs_of(learn.dls, batches[0]), which)

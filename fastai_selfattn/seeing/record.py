@@ -24,7 +24,7 @@ from torch.nn.parallel import DataParallel
 
 from ..attention.kinds import choose_layers, gamma_of, has_map, has_vectors, layer_vectors, layer_weights, one_number, pool_of
 from ..attention.ops import AttentionStats, attention_stats, attention_weights
-from ..quiet import eagerly, first_tensor
+from ..quiet import check_whole, eagerly, first_tensor, picture_tensors
 
 # %% ../../nbs/api/seeing/record.ipynb #02dde7be
 def cells_of(points, image_size, map_size):
@@ -102,11 +102,13 @@ class AttentionRecorder:
         stats:bool=True, # collect statistics of all query pixels, which takes two to three times as long as attention itself
         seed:int=0, # of the points that are drawn at random
         vectors:bool=False, # collect query and key vectors, from which any map can be made later
-        image_size:tuple[int,int]=None, # (h, w) that points and distances are measured in; of the first tensor given to `model` if None
+        image_size:tuple[int,int]=None, # (h, w) that points and distances are measured in; of the picture given to `model` if None
+        which:int=0, # of several pictures that `model` takes at once, such as a pair, the one to look at
     ):
+        self._which, = check_whole(0, which=which)
         self.model,self.points,self.layers = model,check_points(points),choose_layers(model, layers)
         self._points,self._stats,self._vectors,self._seed,self._image_size = self.points,stats,vectors,seed,image_size
-        self._stack = None
+        self._stack,self._hooks = None,[]
         self._check_size()
         self._check_maps(named=layers is not None)
         self.maps:dict[str,Tensor] = {}           # (bs, points, *map size, pooled as keys are), each sums to 1; mean of the heads
@@ -140,22 +142,43 @@ def _check_maps(self:AttentionRecorder, named):
         raise ValueError(f"{', '.join(rows_only)}: registered with `weights`, so there are no query and key vectors: "
                          "choose other `layers`, or `vectors=False`")
 
+# %% ../../nbs/api/seeing/record.ipynb #d3fc15b9
+def _unhook(module, hook):
+    "Take `hook` away from `module`"
+    tables = [t for name,t in vars(module).items() if 'hook' in name and isinstance(t, dict)]
+    def holds(table): return any(h is hook for h in table.values())
+    keys = [k for t in tables for k,h in t.items() if h is hook]
+    for t in sorted(tables, key=holds):     # the hook itself last, since by it the other entries are found
+        for k in keys: t.pop(k, None)
+
 # %% ../../nbs/api/seeing/record.ipynb #10af55e5
+@patch
+def _leave(self:AttentionRecorder):
+    "Take away the hooks and what makes compiled models run as they are written; once more does no harm"
+    for module,_,hook,_ in self._hooks: _unhook(module, hook)
+    stack,self._stack = self._stack,None
+    if stack: stack.close()
+
 @patch
 def __enter__(self:AttentionRecorder):
     if self._stack: raise RuntimeError("this recorder is recording already: make another one for a `with` block inside")
-    with ExitStack() as stack:
-        stack.enter_context(eagerly())
-        stack.callback(self.model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-        for name,m in self.layers.items(): stack.callback(m.register_forward_hook(self._look(name), with_kwargs=True).remove)
-        stack.callback(self.model.register_forward_hook(self._after).remove)
-        self._stack = stack.pop_all()
-    return self
+    Module,kwargs = nn.Module,dict(with_kwargs=True)
+    self._hooks = [(self.model, Module.register_forward_pre_hook, self._before, kwargs),
+                   *((m, Module.register_forward_hook, self._look(name), kwargs) for name,m in self.layers.items()),
+                   (self.model, Module.register_forward_hook, self._after, {})]
+    try:
+        self._stack = ExitStack()
+        self._stack.enter_context(eagerly())
+        for module,register,hook,how in self._hooks: register(module, hook, **how)
+        return self
+    except BaseException:     # Ctrl-C too
+        self._leave()
+        raise
 
 @patch
 def __exit__(self:AttentionRecorder, *exc):
-    stack,self._stack = self._stack,None
-    stack.close()
+    try: self._leave()
+    finally: self._leave()     # again, for the case that Ctrl-C interrupted the first
 
 # %% ../../nbs/api/seeing/record.ipynb #fccd753b
 def _stats_of_weights(layer, x, at, keys_at, own):
@@ -192,8 +215,8 @@ def _looks(rec, name, layer, x, out):
     "What is seen in one layer: (field, tensor) pairs"
     yield 'changes',change_share(x, out)
     if not has_map(layer): return
-    size = rec.sizes[name] = tuple(x.shape[2:])
-    rec.pools[name] = pool_of(layer)
+    size = tuple(x.shape[2:])
+    yield from (('sizes',size), ('pools',pool_of(layer)))
     on_image = rec._points is not None or rec._stats
     if not on_image and not rec._vectors: return
     if on_image and len(size) != len(rec._size):
@@ -211,8 +234,13 @@ def _before(self:AttentionRecorder, model, args, kwargs):
     if getattr(model, '_is_replica', False): raise RuntimeError("this model is run by a `DataParallel`: make the recorder for that")
     for seen in _seen: getattr(self, seen).clear()
     self._parts = {name:{} for name in self.layers}
+    found = picture_tensors((args,kwargs))
+    self._n_pictures,self._bs = len(found),len(found[0]) if found else 0
+    if found and self._which >= len(found):
+        raise ValueError(f"`which` must be below {len(found)}, the number of pictures that this {type(model).__name__} takes at once, "
+                         f"got {self._which}")
     if self._points is None and not self._stats: return
-    self._size = self._image_size_of(model, first_tensor((*args, *kwargs.values())))
+    self._size = self._image_size_of(model, found[self._which] if found else first_tensor((*args, *kwargs.values())))
     if self._points is not None: self.points = place_points(self._points, self._size, self._seed)
 
 @patch
@@ -225,15 +253,22 @@ def _image_size_of(self:AttentionRecorder, model, x):
     if x.dim() < 3:
         raise ValueError(f"this {type(model).__name__} is called with {tuple(x.shape)}, which is no image (bs, channels, ...) "
                          "for points to be placed on: give `image_size`, or `points=None, stats=False`")
-    return tuple(x.shape[2:])
+    size = tuple(x.shape[2:])
+    if len(size) == 1 and isinstance(self._points, list) and len(self._points[0]) > 1:     # such as a list of single pictures
+        raise ValueError(f"the first picture among the arguments of this {type(model).__name__} would be the tensor {tuple(x.shape)}, "
+                         f"(bs, channels, length), and point {self._points[0]} cannot be placed on it: give `image_size`")
+    return size
 
+# %% ../../nbs/api/seeing/record.ipynb #9499e411
 @patch
 def _look(self:AttentionRecorder, name):
     "The hook behind the layer `name`"
     @torch.no_grad()
     def hook(module, args, kwargs, out):
         x = first_tensor((*args, *kwargs.values())).detach().as_subclass(Tensor)
-        self._parts[name][x.device] = {field:t.cpu() for field,t in _looks(self, name, module, x, out)}
+        calls = self._parts[name].setdefault(x.device, [])
+        calls.append({field:t.cpu() if isinstance(t, Tensor) else t for field,t in _looks(self, name, module, x, out)})
+        if len(calls) > self._n_pictures: calls[:-1] = [None]*(len(calls)-1)     # only the last one will be asked for
         gamma = gamma_of(module)
         if gamma is not None: self.gammas[name] = one_number(gamma).item()
     return hook
@@ -245,11 +280,23 @@ def _after(self:AttentionRecorder, model, args, out):
     ids = next((m.device_ids for m in model.modules() if isinstance(m, DataParallel)), [])
     def place(device): return ids.index(device.index) if device.index in ids else 0
     for name,parts in self._parts.items():
-        seen = [parts[device] for device in sorted(parts, key=place)]
+        seen = self._of_the_picture([parts[device] for device in sorted(parts, key=place)])
         for field in seen[0] if seen else ():
             ts = [s[field] for s in seen]
             if field == 'stats': self.stats[name] = AttentionStats(*torch.cat(ts, 1))     # (5, bs, ...)
-            else: getattr(self, field)[name] = torch.cat(ts)
+            else: getattr(self, field)[name] = torch.cat(ts) if isinstance(ts[0], Tensor) else ts[0]
+
+# %% ../../nbs/api/seeing/record.ipynb #6ce61d8a
+@patch
+def _of_the_picture(self:AttentionRecorder, parts):
+    "What was seen of the picture `which`, from the calls on each device"
+    n,i = self._n_pictures,self._which
+    seen = [calls[i if len(calls) == n else -1] for calls in parts]
+    if n < 2 or sum(len(s['changes']) for s in seen) != n*self._bs: return seen
+    def share(field, t):
+        if not isinstance(t, Tensor): return t
+        return t.chunk(n, 1 if field == 'stats' else 0)[i]
+    return [{field:share(field, t) for field,t in s.items()} for s in seen]
 
 # %% ../../nbs/api/seeing/record.ipynb #b9be2ff3
 def _row(rec, name):

@@ -1,6 +1,7 @@
 "`GammaLogger` and `AttentionMapLogger`: right numbers and maps where they belong, training as without them, and a `Learner` as good as new however it ends"
 import copy, json, os, random, shutil, subprocess, tempfile, warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import fastai.callback.fp16 as fp16
 import fastai.layers
@@ -37,7 +38,7 @@ from torchvision.models import resnet18
 
 from conftest import bin_dir, contents, named
 from fastai_selfattn.seeing import gamma_logger, map_logger
-from fastai_selfattn.seeing.gamma_logger import GammaLogger
+from fastai_selfattn.seeing.gamma_logger import GammaLogger, mend_wandb
 from fastai_selfattn.seeing.map_logger import AttentionMapLogger
 from fastai_selfattn.attention.kinds import short_names
 from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention
@@ -959,11 +960,13 @@ def test_weights_and_biases(alone, files, monkeypatch):
     for k, v in dict(MODE='offline', DIR=alone / 'wandb_run', SILENT='true', CACHE_DIR=alone / 'wandb_cache', CONFIG_DIR=alone / 'wandb_config', DATA_DIR=alone / 'wandb_data').items(): monkeypatch.setenv(f'WANDB_{k}', str(v))
     (alone / 'wandb_run').mkdir()
     import fastai.callback.wandb, wandb
-    monkeypatch.setattr(fastai.callback.wandb, '_format_config', lambda config: config.clear())     # fails with any Learner: https://github.com/fastai/fastai/issues/4173
+    monkeypatch.setattr(fastai.callback.wandb, 'init_args', fastai.callback.wandb.init_args)     # what the loggers mend is undone
     loggers, spy = [GammaLogger(), AttentionMapLogger(every=2, max_n=1)], Spy()
     learn = segment(files, alone / 'cwd', *loggers, spy)
     wandb.init(project='gamma', settings=wandb.Settings(console='off'))
-    try: learn.fit(3, .01, cbs=fastai.callback.wandb.WandbCallback(log_preds=False))
+    try:
+        learn.fit(3, .01, cbs=fastai.callback.wandb.WandbCallback(log_preds=False))
+        config = dict(wandb.run.config)
     finally:
         wandb.finish()
         wandb.teardown()
@@ -977,8 +980,25 @@ def test_weights_and_biases(alone, files, monkeypatch):
         assert [r['_step'] for r in images] == [0, 3, 5] and {r[f'{image}._type'] for r in images} == {'image-file'}
         paths = [file.parent / 'files' / r[f'{image}.path'] for r in images]
         assert len({p.read_bytes() for p in paths}) == 3 and all(p.read_bytes().startswith(b'\x89PNG') for p in paths)
+    assert config['batch size'] == learn.dls.bs and config['GammaLogger'] == dict(every=1)
     assert [r['_step'] for r in rows if 'raw_loss' in r] == list(range(6)) and sum(k.endswith('.png.path') for r in rows for k in r) == 6
     assert not contents(alone / 'cwd') and not contents(alone / 'home')
+
+
+def test_wandb_is_mended_only_where_it_fails(monkeypatch):
+    wandb = pytest.importorskip('fastai.callback.wandb')
+    ours = SimpleNamespace(a=1)
+    def broken(o): return vars(o)
+    def whole(o): return getattr(o, '__dict__', {})
+    for init_args, cbs, is_mended in ((whole, [wandb.WandbCallback()], False), (broken, [GammaLogger()], False), (broken, [wandb.WandbCallback()], True)):
+        monkeypatch.setattr(wandb, 'init_args', init_args)
+        mend_wandb(cbs)
+        assert (wandb.init_args is not init_args) == is_mended
+    assert wandb._format_config(dict(flag=True, n=8, name='cuda', none=None, ours=ours, list=[1])) == dict(flag=True, n=8, name='cuda', none=None, ours=dict(a=1, _name=ours), list=[1])
+    assert wandb.init_args(SimpleNamespace(dls=1, model=2, cbs=3, lr=4)) == dict(lr=4)
+    mended = wandb.init_args
+    mend_wandb([wandb.WandbCallback()])
+    assert wandb.init_args is mended                # once is enough
 
 
 # --- training goes the same way with and without
