@@ -12,7 +12,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from torch.export import Dim, ExportedProgram
 
 from . import __version__
 from .attention.norms import bake, normed
-from .quiet import bare_model, check_whole, one_batch
+from .quiet import bare_model, check_whole, one_batch, whole_file
 
 # %% ../nbs/api/export.ipynb #764cd3dd
 def _without_tensor_base(model):
@@ -88,17 +88,6 @@ def _about(learn, output, x, dynamic):
                  made_with=f'torch {torch.__version__}, fastai {fastai.__version__}, fastai_selfattn {__version__}')
     return json.dumps(about)
 
-@contextmanager
-def _replacing(fname):
-    "A name beside `fname` to write to, which takes its place if all went well"
-    fname = Path(fname)
-    if not fname.parent.is_dir(): raise ValueError(f"`fname` must be in a folder that exists, got {str(fname)!r}")
-    new = fname.with_name(f'.{os.getpid()}-{fname.name}')     # PyTorch looks at how a name ends
-    try:
-        yield new
-        os.replace(new, fname)
-    finally: new.unlink(missing_ok=True)
-
 # %% ../nbs/api/export.ipynb #48f7f297
 def to_program(
     learn:Learner, # a trained Learner whose model takes one picture
@@ -110,9 +99,9 @@ def to_program(
     "Record a trained model as a program of PyTorch's operators; `ValueError`/`TypeError` for a Learner that cannot be"
     model,x = Deployed(learn, output),_example(learn, size)
     sides = {2:Dim.AUTO, 3:Dim.AUTO} if dynamic else {}
-    program = torch.export.export(model, (x,), dynamic_shapes=({0:Dim.AUTO, **sides},))
-    if fname:
-        with _replacing(fname) as new: torch.export.save(program, new, extra_files={'about.json':_about(learn, output, x, _dynamic(program))})
+    with whole_file(fname) if fname else nullcontext() as new:
+        program = torch.export.export(model, (x,), dynamic_shapes=({0:Dim.AUTO, **sides},))
+        if fname: torch.export.save(program, new, extra_files={'about.json':_about(learn, output, x, _dynamic(program))})
     return program
 
 def _dynamic(program):
@@ -129,10 +118,11 @@ def to_onnx(
     dynamic:bool=True, # leave height and width open where the model allows it
 )->Path: # `fname`; its input is called picture, its output prediction
     "Write a trained model as ONNX, what `about.json` is elsewhere in its metadata; `ValueError`/`TypeError` as `to_program`"
-    program = to_program(learn, None, size, output, dynamic)
-    model = torch.onnx.export(program, input_names=['picture'], output_names=['prediction'], dynamo=True, verbose=False)
-    model.model.metadata_props['about'] = _about(learn, output, _example(learn, size), _dynamic(program))
-    with _replacing(fname) as new: model.save(new)
+    with whole_file(fname) as new:
+        program = to_program(learn, None, size, output, dynamic)
+        model = torch.onnx.export(program, input_names=['picture'], output_names=['prediction'], dynamo=True, verbose=False)
+        model.model.metadata_props['about'] = _about(learn, output, _example(learn, size), _dynamic(program))
+        model.save(new)
     return Path(fname)
 
 # %% ../nbs/api/export.ipynb #ff78c005
@@ -144,8 +134,8 @@ def to_torchscript(
 )->Path: # `fname`
     "Write a trained model as TorchScript, for pictures of one size; `ValueError`/`TypeError` as `to_program`"
     model,x = Deployed(learn, output),_example(learn, size)
-    with warnings.catch_warnings(), torch.no_grad():
+    with whole_file(fname) as new, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')     # that tracing is deprecated, and that sizes become constants
         traced = torch.jit.trace(model, x)
-        with _replacing(fname) as new: traced.save(str(new), _extra_files={'about.json':_about(learn, output, x, ['bs'])})
+        traced.save(str(new), _extra_files={'about.json':_about(learn, output, x, ['bs'])})
     return Path(fname)

@@ -148,7 +148,7 @@ def test_what_cannot_be(kwargs, error, says, tmp_path):
 def test_what_no_learner_can_tell(tmp_path):
     learn, _ = classifier(MSELossFlat())
     with pytest.raises(TypeError, match='must be a Learner'): to_program(learn.model)
-    with pytest.raises(ValueError, match='in a folder that exists'): to_program(learn, tmp_path/'no'/'model.pt2')
+    with pytest.raises(FileNotFoundError, match='make it first'): to_program(learn, tmp_path/'no'/'model.pt2')
     empty = Learner(DataLoaders(DataLoader([], bs=1), DataLoader([], bs=1)), learn.model, loss_func=MSELossFlat())
     with pytest.raises(ValueError, match='give `size`'): to_program(empty)
     with pytest.raises(ValueError, match='no `decodes`'): Deployed(Learner(learn.dls, learn.model, loss_func=nn.CrossEntropyLoss()), 'classes')

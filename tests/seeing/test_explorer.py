@@ -283,7 +283,7 @@ def test_a_failure_while_writing_leaves_the_disk_as_it_was(where, learn, folder,
         def write(self, text):
             self.f.write(text[:100])
             raise OSError('no space left')
-    def full(self, *args, **kwargs): return Full(real(self, *args, **kwargs)) if self.suffix == '.tmp' else real(self, *args, **kwargs)
+    def full(self, *args, **kwargs): return Full(real(self, *args, **kwargs)) if self.name.startswith('.') else real(self, *args, **kwargs)
     def fail(*args): raise OSError('no space left')
     monkeypatch.setattr(Path, where, full if where == 'open' else fail)
     with pytest.raises(OSError, match='no space left'): attention_explorer(learn, fname=folder / 'old.html', max_n=1, layers='small', overwrite=True)
