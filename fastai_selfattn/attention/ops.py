@@ -16,201 +16,28 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
+from . import tiles
+from .tiles import Attend, precise, steps
 from ..quiet import exporting
-
-# %% ../../nbs/api/attention/ops.ipynb #bb430b5e
-_ROWS,_COLS = 1024,512
-
-def _tile(bs, rows, cols):
-    "Images, rows and columns of one tile of `bs` maps of rows x cols"
-    if rows*cols <= 2*_ROWS*_COLS: return max(1, min(bs, 4*_ROWS*_COLS // max(1, rows*cols))),max(1, rows),cols
-    cols = min(cols, _COLS)
-    return 1,min(rows, _ROWS*_COLS//cols),cols
-
-# %% ../../nbs/api/attention/ops.ipynb #d5b9d8df
-_LOG2E,_SAFE = math.log2(math.e),100.
-
-def _precise(t): return torch.promote_types(t.dtype, torch.float32)
-
-def _prepare(q, k, v, scale):
-    "Inputs in float32 at least, `q` scaled so that logits are powers of 2, `k` centred"
-    q,k,v = (t.to(_precise(t)) for t in (q,k,v))
-    return q*(scale*_LOG2E),k-k.mean(1, keepdim=True),v
-
-def _length(t): return t.square().sum(-1, keepdim=True).sqrt()
-
-def _safe(v):
-    "The bound on logits up to which neither weights nor sums of weighted values leave the range of float32"
-    if not v.numel(): return _SAFE
-    largest = torch.maximum(v.amax(), -v.amin())     # `aminmax` would copy a map that is not contiguous
-    return (126 - (v.shape[1]*largest).log2()).clamp(max=_SAFE)
-
-# %% ../../nbs/api/attention/ops.ipynb #caf70416
-def _steps(dim, size, *tensors): return zip(*(t.split(size, dim) for t in tensors))
-
-def _rows_like(t, n, dtype=None):
-    "Empty (bs, n, channels) with the batch size, channels and layout of `t`, (bs, m, channels)"
-    bs,_,c = t.shape
-    return t.new_empty(bs, n, c, dtype=dtype) if t.stride(-1) == 1 else t.new_empty(bs, c, n, dtype=dtype).mT
-
-def _product(a, b, block):
-    "`a @ b` in the memory of the flat tensor `block`"
-    shape = *a.shape[:2],b.shape[2]
-    return torch.bmm(a, b, out=block[:math.prod(shape)].view(shape))
-
-def _accumulate(acc, a, b, first):
-    "`a @ b` into `acc`, over what is there if `first`, else on top of it"
-    if not first: acc.baddbmm_(a, b)
-    elif acc.stride(-1) == 1: torch.bmm(a, b, out=acc)
-    else: torch.bmm(b.mT, a.mT, out=acc.mT)
-
-# %% ../../nbs/api/attention/ops.ipynb #03cffd04
-@torch.library.custom_op('fastai_selfattn::attend', mutates_args=())
-def _attend(q:Tensor, k:Tensor, v:Tensor, scale:float)->tuple[Tensor,Tensor]:
-    "Output (bs, nq, dv) and log-sum-exp (bs, nq, 1) of exact attention, tile by tile"
-    dtype,o = v.dtype,_rows_like(v, q.shape[1], _precise(v))
-    q,k,v = _prepare(q, k, v, scale)
-    lse = q.new_empty(*q.shape[:2], 1)
-    safe = _length(q)*_length(k).amax(1, keepdim=True) <= _safe(v)     # rows that need no maximum
-    tb,tr,tc = size = _tile(q.shape[0], q.shape[1], k.shape[1])
-    block = q.new_empty(math.prod(size))     # the memory of every tile, one after the other
-    for qb,kb,vb,ob,lseb,safeb in _steps(0, tb, q, k.mT, v.mT, o, lse, safe):     # b: some images
-        tiles = list(_steps(2, tc, kb, vb))
-        for qt,ot,lset,safet in _steps(1, tr, qb, ob, lseb, safeb):     # t: some of their query pixels, below with some keys
-            top = None
-            if not safet.all():     # a first walk for the largest logit of each row
-                for kt,_ in tiles:
-                    tile_top = _product(qt, kt, block).amax(-1, keepdim=True)
-                    top = tile_top if top is None else torch.maximum(top, tile_top)
-            total = 0
-            acc = ot if len(tiles) == 1 else ot.new_empty(ot.shape)     # `ot` may have gaps: sum beside it
-            for i,(kt,vt) in enumerate(tiles):
-                p = _product(qt, kt, block)
-                if top is not None: p.sub_(top)
-                total = total + p.exp2_().sum(-1, keepdim=True)     # what `acc` is divided by in the end
-                _accumulate(acc, p, vt.mT, i==0)
-            torch.div(acc, total, out=ot)
-            torch.log2(total, out=lset)
-            if top is not None: lset.add_(top)     # `total` was of 2^(logit-top)
-    return o.to(dtype),lse
-
-@_attend.register_fake
-def _(q, k, v, scale): return _rows_like(v, q.shape[1]),q.new_empty(*q.shape[:2], 1, dtype=_precise(q))
-
-# %% ../../nbs/api/attention/ops.ipynb #f77e85c8
-@torch.library.custom_op('fastai_selfattn::attend_grad', mutates_args=())
-def _attend_grad(q:Tensor, k:Tensor, v:Tensor, o:Tensor, lse:Tensor, do:Tensor, scale:float)->tuple[Tensor,Tensor,Tensor]:
-    "Gradients of `q`, `k` and `v`, tile by tile, `beta` recomputed from `lse`"
-    dtypes,dv = (q.dtype,k.dtype,v.dtype),_rows_like(v, v.shape[1], _precise(v))
-    q,k,v = _prepare(q, k, v, scale)
-    do = do.to(q.dtype)
-    delta = (do*o).sum(-1)[:,None]     # without a walk over `beta`
-    dq = torch.zeros_like(q.mT, memory_format=torch.contiguous_format)     # (bs, d, nq): narrow products are faster so
-    dk = torch.empty_like(k.mT, memory_format=torch.contiguous_format)
-    k1 = torch.cat([k, torch.ones_like(k[...,:1])], 2)
-    q1 = torch.cat([q.mT, -lse.mT], 1)     # so `k1 @ q1` is the logits, `lse` taken off: the log of `beta`, keys as rows
-    tb,tr,tc = size = _tile(q.shape[0], k.shape[1], q.shape[1])
-    block_p,block_ds = q.new_empty(2, math.prod(size))
-    for q1b,dob,deltab,dqb,k1b,kb,vb,dkb,dvb in _steps(0, tb, q1, do.mT, delta, dq, k1, k.mT.contiguous(), v, dk, dv):
-        tiles = list(_steps(2, tc, q1b, dob, deltab, dqb))
-        for k1t,kt,vt,dkt,dvt in zip(k1b.split(tr, 1), kb.split(tr, 2), vb.split(tr, 1), dkb.split(tr, 2), dvb.split(tr, 1)):
-            if len(tiles) == 1: dk_acc,dv_acc = dkt,dvt
-            else: dk_acc,dv_acc = dkt.new_empty(dkt.shape),dvt.new_empty(dvt.shape)     # as in the forward pass
-            for i,(q1t,dot,deltat,dqt) in enumerate(tiles):
-                p = _product(k1t, q1t, block_p).exp2_()
-                ds = _product(vt, dot, block_ds).sub_(deltat).mul_(p)     # dS = P * (dP - delta)
-                _accumulate(dv_acc, p, dot.mT, i==0)
-                _accumulate(dk_acc, q1t[:,:-1], ds.mT, i==0)     # without the channel of `lse`
-                dqt.baddbmm_(kt, ds)     # centred keys will do: over all keys, `ds` sums to 0
-            if len(tiles) > 1: dkt.copy_(dk_acc), dvt.copy_(dv_acc)
-    dq.mul_(scale),dk.div_(_LOG2E)     # `q` came times scale * log2 e: `dq` lacks the scale, `dk` has log2 e too much
-    return tuple(t.to(dtype) for t,dtype in zip((dq.mT, dk.mT, dv), dtypes))
-
-@_attend_grad.register_fake
-def _(q, k, v, o, lse, do, scale):
-    return *(torch.empty_like(t.mT, memory_format=torch.contiguous_format).mT for t in (q,k)),_rows_like(v, v.shape[1])
-
-# %% ../../nbs/api/attention/ops.ipynb #e19cc4dd
-def _attend_grad_grad(q, k, v, do, gq, gk, gv, scale):
-    "Gradients of `q`, `k`, `v` and `do` from those of the outputs of `_attend_grad`"
-    dtypes = [t.dtype for t in (q,k,v,do)]
-    q,k,v,do,gq,gk,gv = (t.to(_precise(t)) for t in (q,k,v,do,gq,gk,gv))
-    dq,dk,dv,ddo = [],0,0,[]
-    for qt,dot,gqt in _steps(1, max(1, _ROWS*_COLS // k.shape[1]), q, do, gq):
-        p = (scale*(qt@k.mT)).softmax(-1)
-        dp = dot@v.mT
-        a = scale*(gqt@k.mT + qt@gk.mT)     # what reaches `ds`, through dQ = dS K and dK = dS^T Q
-        delta,pa = (p*dp).sum(-1, keepdim=True),(p*a).sum(-1, keepdim=True)
-        ds,to_dp = p*(dp-delta),p*(a-pa)     # the same there and back: a softmax has a symmetric Jacobian
-        to_p = a*(dp-delta) - pa*dp + dot@gv.mT     # through `ds`, through `delta` and through dV = P^T dO
-        to_s = p*(to_p - (p*to_p).sum(-1, keepdim=True))
-        dq.append(scale*(to_s@k + ds@gk))
-        ddo.append(to_dp@v + p@gv)
-        dk = dk + scale*(to_s.mT@qt + ds.mT@gqt)     # every step adds to all keys and values
-        dv = dv + to_dp.mT@dot
-    return [t.to(dtype) for t,dtype in zip((torch.cat(dq, 1), dk, dv, torch.cat(ddo, 1)), dtypes)]
-
-# %% ../../nbs/api/attention/ops.ipynb #c927a709
-def _fold(apply, info, in_dims, args):
-    "`apply` under `vmap`: the mapped dimension becomes part of the batch"
-    def fold(t, dim):
-        if not isinstance(t, Tensor): return t
-        t = t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-        return t.flatten(0, 1)
-    out = apply(*(fold(t, dim) for t,dim in zip(args, in_dims)))
-    return tuple(t.unflatten(0, (info.batch_size,-1)) for t in out),(0,)*len(out)
-
-class _Attend(Function):
-    forward = staticmethod(lambda q, k, v, scale: _attend(q, k, v, scale))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *qkv,ctx.scale = inputs
-        ctx.save_for_backward(*qkv, *output)
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def backward(ctx, do, _):
-        args = *ctx.saved_tensors,do,ctx.scale
-        # A compiled backward pass has no backward pass of its own, and PyTorch 2.14 fails on a `Function` inside another's.
-        grads = _attend_grad(*args) if torch.compiler.is_compiling() else _AttendGrad.apply(*args)
-        return *grads,None
-
-    @staticmethod
-    def vmap(info, in_dims, *args): return _fold(_Attend.apply, info, in_dims, args)
-
-class _AttendGrad(Function):
-    forward = staticmethod(lambda *args: _attend_grad(*args))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        q,k,v,o,lse,do,ctx.scale = inputs
-        ctx.save_for_backward(q, k, v, do)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        dq,dk,dv,ddo = _attend_grad_grad(*ctx.saved_tensors, *grads, ctx.scale)
-        return dq,dk,dv,None,None,ddo,None
-
-    @staticmethod
-    def vmap(info, in_dims, *args): return _fold(_AttendGrad.apply, info, in_dims, args)
 
 # %% ../../nbs/api/attention/ops.ipynb #252b8ba3
 def _math(q, k, v, scale):
-    q,k,w = (t.to(_precise(t)) for t in (q,k,v))
+    q,k,w = (t.to(precise(t)) for t in (q,k,v))
     if w.stride(-1) == 1: return ((scale*q@k.transpose(1, 2)).softmax(-1) @ w).to(v.dtype)     # the older ONNX exporter has no `mT`
     return (w.transpose(1, 2) @ (k@(scale*q).transpose(1, 2)).softmax(1)).transpose(1, 2).to(v.dtype)
 
 def _tiled(q, k, v, scale):
-    if torch.compiler.is_compiling(): return _Attend.apply(q, k, v, scale)[0]
-    try: return _Attend.apply(q, k, v, scale)[0]
+    if torch.compiler.is_compiling(): return Attend.apply(q, k, v, scale)[0]
+    try: return Attend.apply(q, k, v, scale)[0]
     except NotImplementedError as e:     # forward-mode derivatives, the one thing that a `Function` without `jvp` lacks
         raise NotImplementedError("tiled attention has no forward-mode derivative: "
                                   "use reverse mode (`torch.func.grad`, `jacrev`), or `attention_backend('math')`") from e
 
-def _sdpa(q, k, v, scale): return F.scaled_dot_product_attention(q[:,None], k[:,None], v[:,None], scale=scale)[:,0]
+def _sdpa(q, k, v, scale):
+    o = F.scaled_dot_product_attention(q[:,None], k[:,None], v[:,None], scale=scale)[:,0]
+    q,k = ((t-t).detach().sum(-1, keepdim=True).isnan() for t in (q,k))     # rows that are not finite
+    return o.masked_fill(q | k.all(1, keepdim=True), math.nan)     # no weights: all logits are -inf, where PyTorch has zeros
 
 def _auto(q, k, v, scale):
     if exporting() or torch.jit.is_tracing(): return _math(q, k, v, scale)     # a program must run without this package
@@ -275,7 +102,7 @@ def dot_attend(
     q,k,v = _check(q=q, k=k, v=v)
     (_,nq,d),(_,nk,dv) = q.shape,v.shape
     with torch.autocast(q.device.type, enabled=False):
-        k,w,qs = k.to(_precise(k)),v.to(_precise(v)),scale*q.to(_precise(q))
+        k,w,qs = k.to(precise(k)),v.to(precise(v)),scale*q.to(precise(q))
         by_pixels = nq*nk*(d+dv) < (nq+nk)*d*dv
         qt,kt,wt = (t.transpose(1, 2) for t in (qs,k,w))
         if v.stride(-1) == 1: o = (qs@kt)@w if by_pixels else qs@(kt@w)
@@ -303,7 +130,7 @@ def attention_weights(
 )->Tensor: # (bs, m, nk) weights, float32 at least; each row sums to 1 under a softmax
     "Exact rows of `beta`: how much each chosen query pixel attends to every pixel; `TypeError`/`ValueError` on unfit inputs"
     q,k = _check(q=q, k=k)
-    rows,dt = _check_rows(rows, q.shape[1], q.device),_precise(q)
+    rows,dt = _check_rows(rows, q.shape[1], q.device),precise(q)
     with torch.autocast(q.device.type, enabled=False):
         logits = q[:,rows].to(dt)*scale @ k.to(dt).mT
         return logits.softmax(-1) if softmax else logits
@@ -328,16 +155,16 @@ def attention_stats(
 )->AttentionStats: # each (bs, nq), float32 at least, without a gradient
     "Statistics of all rows of `beta`, a few rows at a time; `TypeError`/`ValueError` on unfit inputs"
     q,k = _check(q=q, k=k)
-    (bs,nq,_),nk,dt = q.shape,k.shape[1],_precise(q)
+    (bs,nq,_),nk,dt = q.shape,k.shape[1],precise(q)
     if len(q_at) != nq or len(k_at) != nk or q_at.shape[1:] != k_at.shape[1:]:
         raise ValueError(f"`q_at` and `k_at` must be ({nq}, dims) and ({nk}, dims), a position for each pixel; "
                          f"got {tuple(q_at.shape)} and {tuple(k_at.shape)}")
     if len(own) != nq: raise ValueError(f"`own` must have an index for each of the {nq} query pixels, got {len(own)}")
     own,(q_at,k_at) = _check_rows(own, nk, q.device),(t.to(q.device, dt) for t in (q_at,k_at))
     out = q.new_empty(len(AttentionStats._fields), bs, nq, dtype=dt)
-    n_images,rows = max(1, _ROWS*_COLS // max(1, nq*nk)),max(1, _ROWS*_COLS//nk)
+    n_images,rows = max(1, tiles.ROWS*tiles.COLS // max(1, nq*nk)),max(1, tiles.ROWS*tiles.COLS//nk)
     with torch.autocast(q.device.type, enabled=False):
-        for qb,kb,outb in _steps(0, n_images, q, k, out.transpose(0, 1)):
+        for qb,kb,outb in steps(0, n_images, q, k, out.transpose(0, 1)):
             kb = kb.to(dt).mT
             for qt,at,i,o in zip(qb.split(rows, 1), q_at.split(rows), own.split(rows), outb.split(rows, 2)):
                 log_p = (scale*qt.to(dt) @ kb).log_softmax(-1)

@@ -10,7 +10,7 @@ from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastai_selfattn.attention import ops
+from fastai_selfattn.attention import ops, tiles
 from fastai_selfattn.attention.ops import AttentionStats, attend, attention_backend, attention_stats, attention_weights, dot_attend
 
 
@@ -44,7 +44,7 @@ def tiled():
 
 @pytest.fixture(params=[(1024, 512), (5, 7), (1, 1), (64, 3)], ids=named)
 def tile(request, monkeypatch, tiled):
-    for name, size in zip(('_ROWS', '_COLS'), request.param): monkeypatch.setattr(ops, name, size)
+    for name, size in zip(('ROWS', 'COLS'), request.param): monkeypatch.setattr(tiles, name, size)
 
 
 @pytest.mark.parametrize('bs,nq,nk,d,dv', [(2, 11, 13, 3, 5), (1, 1, 1, 1, 1), (3, 1, 17, 2, 7), (2, 19, 1, 3, 2), (11, 3, 2, 4, 5), (7, 2, 3, 1, 1)])
@@ -55,8 +55,8 @@ def test_any_tile_is_exact_in_float64(tile, bs, nq, nk, d, dv): compare(inputs(b
 @given(*[st.integers(1, 2000)] * 5)
 def test_a_tile_is_bounded_and_splits_only_single_images(bs, rows, cols, tile_rows, tile_cols):
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(ops, '_ROWS', tile_rows), m.setattr(ops, '_COLS', tile_cols)
-        tb, tr, tc = ops._tile(bs, rows, cols)
+        m.setattr(tiles, 'ROWS', tile_rows), m.setattr(tiles, 'COLS', tile_cols)
+        tb, tr, tc = tiles.tile(bs, rows, cols)
         assert 1 <= tb <= bs and 1 <= tr and 1 <= tc <= cols and tb * tr * tc <= 4 * tile_rows * tile_cols
         assert tb == 1 or (tr >= rows and tc == cols)
         assert tb == bs or (tb + 1) * rows * cols > 4 * tile_rows * tile_cols or tr * tc < rows * cols      # no smaller than need be
@@ -112,7 +112,7 @@ def test_float16_logits_beyond_its_range(backend):
 @pytest.mark.parametrize('dtype,lse_dtype', [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)], ids=named)
 def test_log_sum_exp_is_float32_at_least(dtype, lse_dtype):
     q, k, v = (t.detach().to(dtype) for t in inputs(2, 7, 1100, 3, 5))
-    o, lse = ops._attend(q, k, v, .7)
+    o, lse = tiles.attend_op(q, k, v, .7)
     kc = k.double() - k.double().mean(1, keepdim=True)
     want = (.7 * q.double() @ kc.mT).logsumexp(-1, keepdim=True)
     assert o.dtype == dtype and lse.dtype == lse_dtype and (lse.double() * torch.tensor(2.).log() - want).abs().max() < 1e-5
@@ -320,8 +320,8 @@ OPS = dict(rows=lambda v: v, channels=LAYOUTS['channels'], sliced=LAYOUTS['slice
 def test_custom_operators_keep_what_they_promise_to_torch(layout, dtype):
     q, k, v = (t.detach().to(dtype) for t in inputs(2, 13, 11, 3, 5))
     v = OPS[layout](v)
-    o, lse = ops._attend(q, k, v, .7)
-    for op, args in ((ops._attend, (q, k, v, .7)), (ops._attend_grad, (q, k, v, o, lse, OPS[layout](torch.randn_like(o)), .7))):
+    o, lse = tiles.attend_op(q, k, v, .7)
+    for op, args in ((tiles.attend_op, (q, k, v, .7)), (tiles.grad_op, (q, k, v, o, lse, OPS[layout](torch.randn_like(o)), .7))):
         assert set(torch.library.opcheck(op, args).values()) == {'SUCCESS'}
 
 
@@ -428,7 +428,7 @@ def compare_stats(got, want, tol, dtype):
 def test_statistics_are_those_of_the_whole_map(bs, nq, nk, d, dims, scale, layouts, tile):
     q, k = laid(inputs(bs, nq, nk, d, 1)[:2], layouts)
     with pytest.MonkeyPatch.context() as m:
-        for name, size in zip(('_ROWS', '_COLS'), tile): m.setattr(ops, name, size)
+        for name, size in zip(('ROWS', 'COLS'), tile): m.setattr(tiles, name, size)
         got = attention_stats(q, k, *places(nq, nk, dims), scale)
     compare_stats(got, plain_stats(q.detach(), k.detach(), *places(nq, nk, dims), scale), 1e-12, torch.float64)
 
