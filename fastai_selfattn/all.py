@@ -6,6 +6,7 @@ from fastai_selfattn.attention.ops import attend, attention_backend, attention_s
 from fastai_selfattn.compare.compare import compare_attention
 from fastai_selfattn.compare.results import Comparison
 from fastai_selfattn.placement.insert import insert_attention, remove_attention
+from fastai_selfattn.placement.keep import load_attention, save_attention
 from fastai_selfattn.placement.optim import inserted_layers
 from fastai_selfattn.placement.sites import attention_sites
 from fastai_selfattn.placement.unet import create_unet_model, unet_learner
@@ -23,7 +24,8 @@ from fastai_selfattn.seeing.record import AttentionRecorder
 __all__ = ['attend', 'attention_backend', 'attention_stats', 'attention_weights', 'dot_attend',
            'SelfAttention', 'PooledSelfAttention2d', 'PaperSelfAttention', 'SimpleSelfAttention', 'fuse_attention',
            'register_attention', 'attention_layers', 'attention_status', 'attention_off', 'attention_uniform', 'attention_effect',
-           'attention_sites', 'insert_attention', 'inserted_layers', 'remove_attention', 'upgrade_attention',
+           'attention_sites', 'insert_attention', 'inserted_layers', 'remove_attention', 'upgrade_attention', 'save_attention',
+           'load_attention',
            'create_unet_model', 'unet_learner',
            'compare_attention', 'Comparison',
            'AttentionRecorder', 'receptive_field', 'GammaLogger', 'AttentionMapLogger', 'AttentionInterpretation', 'attention_explorer',
