@@ -7,7 +7,7 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/placement/only.html.
 # %% auto #0
 __all__ = ['train_attention_only', 'train_all']
 
-# %% ../../nbs/api/placement/only.ipynb #ab746917
+# %% ../../nbs/api/placement/only.ipynb #c14b1b7b
 from collections.abc import Sequence
 
 from fastai.callback.core import Callback, TrainEvalCallback
@@ -15,31 +15,31 @@ from fastai.learner import Learner
 
 from ..attention.kinds import choose_layers, layer_names
 
-# %% ../../nbs/api/placement/only.ipynb #918bf293
+# %% ../../nbs/api/placement/only.ipynb #b8380957
 class OnlyAttention(Callback):
     "Train the attention layers at `attention_paths` and nothing else"
     run_after = TrainEvalCallback
     def __init__(self, attention_paths, flags_before): self.attention_paths,self.flags_before = attention_paths,flags_before
 
-    def _modules(self):
+    def _in_and_out(self):
         "Modules of attention, and all others"
         chosen = {m for l in choose_layers(self.learn, self.attention_paths).values() for m in l.modules()}
         return chosen,[m for m in self.learn.model.modules() if m not in chosen]
 
     def before_fit(self):
-        trained = {p for m in self._modules()[0] for p in m.parameters()}
+        trained = {p for m in self._in_and_out()[0] for p in m.parameters()}
         for p in self.learn.model.parameters():
             p.requires_grad_(p in trained)
             if p not in trained: p.grad = None     # the optimizer steps wherever there is one
 
     def before_train(self):
-        for m in self._modules()[1]:
+        for m in self._in_and_out()[1]:
             if next(m.buffers(recurse=False), None) is not None: m.training = False
 
     def undo(self):
         for name,p in self.learn.model.named_parameters(): p.requires_grad_(self.flags_before.get(name, True))
 
-# %% ../../nbs/api/placement/only.ipynb #0259d507
+# %% ../../nbs/api/placement/only.ipynb #c0ffa7e8
 def train_attention_only(
     learn:Learner, # with attention layers in its model
     layers:str|Sequence[str]=None, # names or patterns of layers; all attention layers if None
