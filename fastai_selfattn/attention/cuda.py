@@ -7,7 +7,7 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/attention/cuda.html.
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/attention/cuda.ipynb #831b0fb5
+# %% ../../nbs/api/attention/cuda.ipynb #70beadbf
 import math
 import warnings
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
-# %% ../../nbs/api/attention/cuda.ipynb #79ee0f43
+# %% ../../nbs/api/attention/cuda.ipynb #10d968d1
 FLASH = False     # whether 'auto' may take it: not measured
 WIDTHS = dict(fused=1<<20, flash=128)     # of a head, in channels of the values
 
@@ -32,7 +32,7 @@ def plan(
     width = -(-dv//(heads*a))*a
     return heads,width,width if name == 'flash' else -(-d//a)*a
 
-# %% ../../nbs/api/attention/cuda.ipynb #bf4fa999
+# %% ../../nbs/api/attention/cuda.ipynb #2ef2af19
 def _rows(t, c):
     "`t`, (bs, n, channels), with `c` channels, the last of them 0, as rows that a kernel can read; no copy if they are that"
     if t.shape[2] < c: t = F.pad(t, (0, c-t.shape[2]))
@@ -50,7 +50,7 @@ def _heads(q, k, v, name):
     q,k = (_rows(t, d)[:,None].expand(-1, heads, -1, -1) for t in (q,k))
     return q,k,_split(v, heads, width)
 
-# %% ../../nbs/api/attention/cuda.ipynb #76319a99
+# %% ../../nbs/api/attention/cuda.ipynb #8c0fc9f4
 aten = torch.ops.aten
 
 def _sign(scale): return (scale > 0)-(scale < 0)
@@ -84,7 +84,7 @@ def backward(q, k, v, o, lse, do, scale, name):
     dq,dk = (t.sum(1)[...,:d].contiguous() for t in (dq,dk))     # the heads share queries and keys
     return dq if sign > 0 else dq*sign,dk,_joined(dvh, dv)
 
-# %% ../../nbs/api/attention/cuda.ipynb #6e42a09a
+# %% ../../nbs/api/attention/cuda.ipynb #d8ddbf14
 MOST = 2**20     # weights (images x query pixels x keys) up to which the formula may hold them
 
 _asked = dict(fused=can_use_efficient_attention, flash=can_use_flash_attention)
@@ -92,8 +92,8 @@ _asked = dict(fused=can_use_efficient_attention, flash=can_use_flash_attention)
 def _forms(q, k, v, name):
     "Tensors in the form of `_heads`, over memory of a single row"
     heads,width,d = plan(q.shape[2], v.shape[2], v.dtype, name)
-    def form(t, c): return t.new_empty(c).as_strided((t.shape[0],heads,t.shape[1],c), (0,0,0,1)).requires_grad_()
-    return form(q.detach(), d),form(k.detach(), d),form(v.detach(), width)
+    def form(t, c): return torch.empty(c, dtype=t.dtype, device=t.device).as_strided((t.shape[0],heads,t.shape[1],c), (0,0,0,1))
+    return form(q, d),form(k, d),form(v, width)
 
 def refused(q, k, v, name):
     "Why kernel `name` does not take these; empty if it does"
@@ -102,7 +102,8 @@ def refused(q, k, v, name):
     if name == 'flash':
         heads,width,d = plan(q.shape[2], v.shape[2], v.dtype, name)
         if q.shape[2] > width: return f"queries have {q.shape[2]} channels, more than the {width} of a head of the values"
-        if max(len(q), len(q)*heads*-(-q.shape[1]//128)*128*width >> 15) > 2**16-1: return "its addresses have 32 bits"
+        if len(q)*heads*-(-q.shape[1]//128)*128*width >= 2**31: return "its addresses have 32 bits"
+        if len(q) > 65535: return f"it takes at most 65,535 images, and these are {len(q):,}"
     params = SDPAParams(*_forms(q, k, v, name), None, 0., False, False)
     if _asked[name](params): return ''
     with warnings.catch_warnings(record=True) as said:
@@ -119,15 +120,15 @@ def formula_or_tiles(q, k, why):
 def is_deterministic():
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
-def choose(q, k, v, refused=None, capability=None):
-    "Backend for tensors on CUDA, and why; `refused` and `capability` answer in place of PyTorch"
-    refused = refused or globals()['refused']
+def choose(q, k, v, ask=None, capability=None):
+    "Backend for tensors on CUDA, and why; `ask` and `capability` answer in place of `refused` and the device"
+    ask = ask or refused
     if v.dtype == torch.float64 or not (q.numel() and v.numel()):
         return formula_or_tiles(q, k, 'float64' if v.numel() and q.numel() else 'empty')
     if is_deterministic() and len(q) < 64: return 'tiled',"deterministic algorithms, where a kernel's backward pass would be slow"
     if v.dtype == torch.float32 and (capability or torch.cuda.get_device_capability(q.device)) != (8,0):
         return 'tiled','float32 (by an estimate, not measured)'
     is_half = v.dtype in (torch.float16,torch.bfloat16)
-    if FLASH and is_half and not refused(q, k, v, 'flash'): return 'flash','half precision'
-    no = refused(q, k, v, 'fused')
+    if FLASH and is_half and not ask(q, k, v, 'flash'): return 'flash','half precision'
+    no = ask(q, k, v, 'fused')
     return ('tiled',f"the memory-efficient kernel refuses: {no}") if no else ('fused',"PyTorch's memory-efficient kernel takes it")
