@@ -111,6 +111,7 @@ def refused(q, k, v, name):
         _asked[name](params, debug=True)     # gives its reasons as warnings
     return ' '.join(str(w.message).split(' (Triggered')[0] for w in said) or "PyTorch does not say why"
 
+# %% ../../nbs/api/attention/cuda.ipynb #04c1338c
 def small(q, k): return len(q)*q.shape[1]*k.shape[1] <= MOST
 
 def formula_or_tiles(q, k, why):

@@ -91,6 +91,7 @@ def which_backend(
     "What `attend` would compute these with now; `TypeError`/`ValueError` as `attend`"
     return _choose(*_check(q=q, k=k, v=v))
 
+# %% ../../nbs/api/attention/ops.ipynb #0861ca7d
 class Ran(NamedTuple):
     "A call of `attend`"
     backend:str     # that computed it
