@@ -2,11 +2,12 @@
 from fastai_selfattn import learner  # noqa: F401  gives `Learner` its methods
 from fastai_selfattn.attention.kinds import attention_layers, attention_off, attention_status, register_attention
 from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention, fuse_attention
-from fastai_selfattn.attention.ops import attend, attention_backend, attention_stats, attention_weights, dot_attend
+from fastai_selfattn.attention.ops import attend, attention_backend, attention_stats, attention_weights, dot_attend, which_backend
 from fastai_selfattn.compare.compare import compare_attention
 from fastai_selfattn.compare.results import Comparison
 from fastai_selfattn.export import to_onnx, to_program, to_torchscript
 from fastai_selfattn.placement.insert import insert_attention, remove_attention
+from fastai_selfattn.placement.keep import load_attention, save_attention
 from fastai_selfattn.placement.optim import inserted_layers
 from fastai_selfattn.placement.sites import attention_sites
 from fastai_selfattn.placement.unet import create_unet_model, unet_learner
@@ -21,10 +22,11 @@ from fastai_selfattn.seeing.map_logger import AttentionMapLogger
 from fastai_selfattn.seeing.plot import plot_attention, show_attention, show_attention_growth, show_receptive_field
 from fastai_selfattn.seeing.record import AttentionRecorder
 
-__all__ = ['attend', 'attention_backend', 'attention_stats', 'attention_weights', 'dot_attend',
+__all__ = ['attend', 'attention_backend', 'attention_stats', 'attention_weights', 'dot_attend', 'which_backend',
            'SelfAttention', 'PooledSelfAttention2d', 'PaperSelfAttention', 'SimpleSelfAttention', 'fuse_attention',
            'register_attention', 'attention_layers', 'attention_status', 'attention_off', 'attention_uniform', 'attention_effect',
-           'attention_sites', 'insert_attention', 'inserted_layers', 'remove_attention', 'upgrade_attention',
+           'attention_sites', 'insert_attention', 'inserted_layers', 'remove_attention', 'upgrade_attention', 'save_attention',
+           'load_attention',
            'create_unet_model', 'unet_learner',
            'compare_attention', 'Comparison', 'to_onnx', 'to_program', 'to_torchscript',
            'AttentionRecorder', 'receptive_field', 'GammaLogger', 'AttentionMapLogger', 'AttentionInterpretation', 'attention_explorer',

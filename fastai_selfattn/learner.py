@@ -9,6 +9,7 @@ __all__ = []
 
 # %% ../nbs/api/learner.ipynb #fde84de0
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,10 +17,12 @@ import numpy as np
 import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from matplotlib.axes import Axes
 from torch import nn
 from torch.export import ExportedProgram
 
+from .placement import only
 from .attention.kinds import AttentionStatus, attention_status as _attention_status
 from .seeing import chart, plot
 from .seeing.gamma_logger import GammaLogger
@@ -178,3 +181,38 @@ def to_torchscript(self:Learner,
 )->Path: # `fname`
     "`export.to_torchscript` of this Learner"
     return _to_torchscript(self, fname, **kwargs)
+
+# %% ../nbs/api/learner.ipynb #2ad612ed
+@patch
+def train_attention_only(self:Learner,
+    layers:str|Sequence[str]=None, # names or patterns of layers; all attention layers if None
+):
+    "`only.train_attention_only` of this Learner: freeze all else, and report the trained share"
+    only.train_attention_only(self, layers)
+
+@patch
+def train_all(self:Learner):
+    "`only.train_all` of this Learner: the undo of `train_attention_only`"
+    only.train_all(self)
+
+# %% ../nbs/api/learner.ipynb #cccb7400
+_load = getattr(Learner.load, 'fastais', Learner.load)
+
+def _more_attention(message):
+    "Paths of attention layers among the keys that a state dict has and the model has not"
+    keys = re.findall('"([^"]+)"', message.partition('Unexpected key(s) in state_dict: ')[2].split('\n')[0])
+    parts = {k.rpartition('.gamma')[0] for k in keys if k.endswith('.gamma')}
+    return sorted(p for p in parts if any(k.startswith((f'{p}.query.', f'{p}.conv.')) for k in keys))
+
+@patch
+@delegates(_load)
+def load(self:Learner, file, device=None, **kwargs):
+    "Load model and optimizer state (if `with_opt`) from `self.path/self.model_dir/file` using `device`"
+    try: return _load(self, file, device=device, **kwargs)
+    except RuntimeError as e:
+        paths = _more_attention(str(e))
+        if not paths: raise
+        raise RuntimeError(f"{file} was saved with attention at {', '.join(paths)}, which this model has not: insert it first, "
+                           "with `learn.insert_attention`, or use `load_attention` with a file of `save_attention`.\n"+str(e)) from e
+
+Learner.load.fastais = _load     # so that importing this twice wraps it once

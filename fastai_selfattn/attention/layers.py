@@ -78,7 +78,7 @@ def _pooled(t, pool, size):
     "(bs, channels, n) over a map of `size`, max pooled; what is left over at an odd border is a window too"
     if pool == 1: return t
     max_pool = (F.max_pool1d,F.max_pool2d,F.max_pool3d)[len(size)-1]
-    return max_pool(t.unflatten(2, size), pool, ceil_mode=True).flatten(2)
+    return max_pool(t.unflatten(2, size), pool, ceil_mode=True).flatten(2).to(t.dtype)     # autocast on a CPU makes float32 of 3d ones
 
 # %% ../../nbs/api/attention/layers.ipynb #f23b8b10
 class SelfAttention(_Attention):

@@ -9,6 +9,7 @@ __all__ = []
 
 # %% ../../nbs/api/attention/norms.ipynb #68eddcaa
 import copy
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,6 +22,30 @@ from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDict
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..quiet import exporting
+
+# %% ../../nbs/api/attention/norms.ipynb #269a4788
+def _by_spectrum(w, u, v): return w/torch.dot(u, torch.mv(w.flatten(1), v))
+
+def _by_length(v, g): return v*(g/torch.linalg.vector_norm(v, dim=tuple(range(1, v.dim())), keepdim=True))
+
+def _baked(conv, given):
+    "The plain weight that tensors `given` by name, those of a norm, stand for; None if they are not or do not fit"
+    w,u,v,g = (given.get(f'weight_{name}') for name in ('orig','u','v','g'))
+    out,*rest = shape = conv.weight.shape
+    def fits(*pairs): return all(t is not None and tuple(t.shape) == tuple(s) for t,s in pairs)
+    if fits((w,shape), (u,(out,)), (v,(math.prod(rest),))): return _by_spectrum(w, u, v)
+    if w is None and fits((v,shape), (g,(out,*(1 for _ in rest)))): return _by_length(v, g)
+
+def _bake_given(conv, state_dict, prefix):
+    "Let a state dict of before `fuse_attention` hold the plain weight of `conv`"
+    given = {k.removeprefix(prefix):t for k,t in state_dict.items() if k.startswith(f'{prefix}weight')}
+    weight = None if 'weight' in given else _baked(conv, given)
+    if weight is None: return
+    for k in given: del state_dict[prefix+k]
+    state_dict[f'{prefix}weight'] = weight.detach()
+
+_fused_given = ("{} is fused in what is loaded and not here: call `fuse_attention(model)` first, which is one-way, "
+                "or load the weights of before fusing")
 
 # %% ../../nbs/api/attention/norms.ipynb #de3a7d32
 def mix(weight, x):
@@ -46,6 +71,11 @@ class _Conv:
         self.step()
         if not self._is_matrix(x): return super().forward(x)
         return mix(self.weight.flatten(1), x.flatten(2)).unflatten(2, x.shape[2:])
+
+    def _load_from_state_dict(self, state_dict, prefix, meta, strict, missing, unexpected, errors):
+        if self.norm_type is None: _bake_given(self, state_dict, prefix)
+        elif strict and f'{prefix}weight' in state_dict: errors.append(_fused_given.format(prefix.rstrip('.') or 'the conv'))
+        super()._load_from_state_dict(state_dict, prefix, meta, strict, missing, unexpected, errors)
 
 # %% ../../nbs/api/attention/norms.ipynb #e9bd3954
 @torch.no_grad()
@@ -82,8 +112,7 @@ class _SpectralConv(_Conv):
     @property
     def weight(self):
         if not self._settled: return self.weight_orig
-        u,v = self.weight_u.clone(),self.weight_v.clone()
-        return self.weight_orig/torch.dot(u, torch.mv(self.weight_orig.flatten(1), v))
+        return _by_spectrum(self.weight_orig, self.weight_u.clone(), self.weight_v.clone())
 
     def settle(self):
         "Singular vectors of the weights as they are now, once"
@@ -117,8 +146,7 @@ class _WeightConv(_Conv):
 
     @property
     def weight(self):
-        v = self.weight_v
-        return v*(self.weight_g/torch.linalg.vector_norm(v, dim=tuple(range(1, v.dim())), keepdim=True))
+        return _by_length(self.weight_v, self.weight_g)
 
 # %% ../../nbs/api/attention/norms.ipynb #af8431dd
 class PlainConv1d(_Conv, nn.Conv1d): "A conv of an attention layer without a norm"
@@ -231,6 +259,7 @@ def bake(
     if not isinstance(conv, _Conv):
         for hook in _norm_hooks(conv): _remove(conv, hook)
         conv.weight.requires_grad_(trains)
+        without_hook(conv)
         return
     conv.settle()
     weight = conv.weight.detach().clone()

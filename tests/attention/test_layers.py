@@ -409,6 +409,20 @@ def test_autocast(cls, dtype, tol, train):
     assert rel(y, want) < tol
 
 
+@pytest.mark.parametrize('dtype,tol', [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)], ids=named)
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('ndim', [1, 2, 3])
+@pytest.mark.parametrize('options', [dict(), dict(heads=2, unit=True, learn_scale=True), dict(softmax=False, norm_type=None), dict(norm_type=NormType.Weight, scale=.5)], ids=str)
+def test_autocast_of_pooled_maps(options, ndim, channels_last, dtype, tol):
+    "Of every dimension, forward and backward; what some poolings give under autocast on a CPU is float32"
+    layer, x = SelfAttention(16, pool=2, gamma=.7, **options).eval(), torch.randn(2, 16, *(5, 7, 4)[:ndim])
+    if channels_last and ndim > 1: x = x.to(memory_format=torch.channels_last if ndim == 2 else torch.channels_last_3d)
+    want = layer(x)
+    with torch.autocast('cpu', dtype=dtype): y = layer(x)
+    y.square().sum().backward()
+    assert y.dtype == torch.float32 and rel(y, want) < tol
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
 def test_autocast_is_no_worse_than_in_fastai():
     theirs, ours = pair()
     x = torch.randn(2, 24, 9, 7)

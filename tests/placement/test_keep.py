@@ -1,0 +1,211 @@
+"Attention in a file of its own, into the same model again; training nothing but attention"
+import copy, warnings
+import pytest, torch
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.layers import NormType
+from fastai.learner import Learner
+from safetensors import safe_open
+from torch import nn
+
+from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention, fuse_attention
+from fastai_selfattn.placement.insert import insert_attention, remove_attention
+from fastai_selfattn.placement.keep import load_attention, save_attention
+from fastai_selfattn.placement.optim import inserted_layers
+from fastai_selfattn.placement.only import OnlyAttention
+import fastai_selfattn.learner  # noqa: F401
+
+X = torch.randn(2, 3, 12, 20, generator=torch.Generator().manual_seed(3))
+
+class Net(nn.Module):
+    def __init__(self, c=16):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 24, 3, 2, 1), nn.BatchNorm2d(24), nn.ReLU())
+        self.mid = nn.Conv2d(24, 24, 3, padding=1)
+        self.out = nn.Conv2d(24, c, 3, 2, 1)
+        self.head = nn.Linear(c, 2)
+    def forward(self, x): return self.head(self.out(self.mid(self.stem(x))).mean((2, 3)))
+
+def net(seed=1, **kwargs):
+    torch.manual_seed(seed)
+    return Net(**kwargs)
+
+def learner(path='.', model=None, **kwargs):
+    data = [(torch.randn(3, 12, 20), i % 2) for i in range(8)]
+    dls = DataLoaders(*(DataLoader(data, bs=4, num_workers=0) for _ in range(2)))
+    return Learner(dls, model or net(), loss_func=nn.CrossEntropyLoss(), path=path, **kwargs)
+
+def fit(learn, n=1):
+    with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-2)
+
+WAYS = [dict(where=['stem', 'out'], reduction=2, heads=2), dict(where='mid', how='replace', gamma=.4), dict(where='mid', norm_type=None, unit=True, learn_scale=True, scale=2.),
+        dict(where='stem.1', layer=PooledSelfAttention2d, norm_type=NormType.Weight), dict(where='out', layer=PaperSelfAttention, softmax=False), dict(where='stem', layer=SimpleSelfAttention, sym=True)]
+
+@pytest.mark.parametrize('way', WAYS, ids=str)
+@pytest.mark.parametrize('with_learner', [True, False])
+def test_into_the_same_model_again(tmp_path, way, with_learner):
+    learn = learner()
+    paths = insert_attention(learn, size=(12, 20), **way)
+    for m in inserted_layers(learn.model).values(): nn.init.constant_(m.gamma, .3)
+    fit(learn)
+    around = {k: t.clone() for k, t in learn.model.state_dict().items() if not any(k.startswith(f'{p}.') for p in paths)}
+    fname = save_attention(learn if with_learner else learn.model, tmp_path/'a')
+    assert fname == tmp_path/'a.safetensors' and [f.name for f in tmp_path.iterdir()] == ['a.safetensors']
+    with safe_open(fname, 'pt') as f: assert sorted(f.keys()) == sorted(k for k in learn.model.state_dict() if any(k.startswith(f'{p}.') for p in paths))
+    other = learner(model=net(2))
+    other.model.load_state_dict(around, strict=way.get('how') != 'replace')
+    if way.get('how') == 'replace': other.model.mid.load_state_dict(inserted_layers(learn.model)['mid'].attention_place.old[0].state_dict())
+    if with_learner: other.create_opt()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        assert load_attention(other if with_learner else other.model, fname) == paths
+    for a, b in zip(inserted_layers(learn.model).values(), inserted_layers(other.model).values()):
+        assert type(a) is type(b) and repr(a) == repr(b) and a.attention_place.how == b.attention_place.how and a.attention_place.site.path == b.attention_place.site.path
+    assert torch.equal(learn.model.eval()(X), other.model.eval()(X))
+    if with_learner:                                # and the optimizer trains it
+        assert {p for m in inserted_layers(other.model).values() for p in m.parameters()} <= {p for g in other.opt.param_lists for p in g}
+        before = [m.gamma.clone() for m in inserted_layers(other.model).values()]
+        fit(other)
+        assert all(a != m.gamma for a, m in zip(before, inserted_layers(other.model).values()))
+    remove_attention(other.model)
+    assert list(other.model.state_dict()) == list(net().state_dict())
+
+def test_into_a_model_that_has_the_layers_only_numbers_are_loaded(tmp_path):
+    model = net()
+    insert_attention(model, ['stem', 'out'], size=(12, 20))
+    fname = save_attention(model, tmp_path/'a.st')
+    layers, want = inserted_layers(model), model.stem[3].query[0].weight_orig.clone()
+    with torch.no_grad(): model.stem[3].query[0].weight_orig.zero_()
+    assert load_attention(model, fname) == list(layers) and inserted_layers(model) == layers and torch.equal(model.stem[3].query[0].weight_orig, want)
+    remove_attention(model, 'out')
+    with pytest.raises(ValueError, match='has other attention inserted, at stem.3; .* it at stem.3, out.*take it out first'): load_attention(model, fname)
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=str)
+def test_in_the_precision_and_mode_of_the_model(tmp_path, dtype):
+    model = net()
+    insert_attention(model, 'mid', size=(12, 20))
+    fname = save_attention(model, tmp_path/'a')
+    other = net().to(dtype).eval()
+    with pytest.warns(UserWarning, match='weights around the attention are not those'): load_attention(other, fname)
+    assert {p.dtype for p in other.parameters()} == {dtype} and not any(m.training for m in other.modules())
+
+def state(model): return [(k, id(t), t.clone()) for k, t in model.state_dict(keep_vars=True).items()], [(n, id(m), list(m._forward_hooks)) for n, m in model.named_modules()]
+
+def same(a, b): return a[1] == b[1] and all(x[:2] == y[:2] and torch.equal(x[2], y[2]) for x, y in zip(a[0], b[0], strict=True))
+
+@pytest.mark.parametrize('make,says', [(lambda: net(c=20), r'by other names or in other shapes'), (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), 'it has no module mid'), (lambda: nn.Sequential(net()), 'it has no module mid')])
+def test_another_model_is_refused_and_stays(tmp_path, make, says):
+    model = net()
+    insert_attention(model, 'mid', size=(12, 20))
+    fname, other = save_attention(model, tmp_path/'a'), make()
+    before = state(other)
+    with pytest.raises(ValueError, match=f'belongs to another model, a Net with 13 tensors of .*{says}'): load_attention(other, fname)
+    assert same(state(other), before)
+
+def test_a_failure_on_the_way_changes_nothing(tmp_path, monkeypatch):
+    learn = learner()
+    insert_attention(learn, ['stem', 'mid'])
+    fname, other = save_attention(learn, tmp_path/'a'), learner()
+    other.create_opt()
+    before, groups = state(other.model), [list(map(id, g)) for g in other.opt.param_lists]
+    monkeypatch.setattr('fastai_selfattn.placement.keep.watch', lambda learn, undo: 1/0)
+    with pytest.raises(ZeroDivisionError): load_attention(other, fname)
+    assert same(state(other.model), before) and [list(map(id, g)) for g in other.opt.param_lists] == groups
+
+class Mine(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 1)
+    def forward(self, x): return x + self.conv(x)
+
+def test_a_class_that_is_not_known(tmp_path):
+    model = net()
+    insert_attention(model, 'mid', layer=Mine, size=(12, 20))
+    fname = save_attention(model, tmp_path/'a')
+    with pytest.raises(ValueError, match='Mine, a class that is not known.*register_attention'): load_attention(net(), fname)
+    load_attention(other := net(), fname, layer=Mine)
+    assert torch.equal(other.eval()(X), model.eval()(X))
+
+def test_what_cannot_be_kept_is_named_and_the_file_of_before_stays(tmp_path, monkeypatch):
+    model = net()
+    with pytest.raises(ValueError, match='no inserted attention in this Net.*learn.save'): save_attention(model, tmp_path/'a')
+    insert_attention(model, 'mid', size=(12, 20))
+    fname = save_attention(model, tmp_path/'a')
+    before = fname.read_bytes()
+    model.mid.attention.query = nn.Sequential(nn.Conv1d(24, 7, 1))
+    with pytest.raises(ValueError, match='other parameters than one made with its default options'): save_attention(model, fname)
+    remove_attention(model)
+    insert_attention(model, 'mid', size=(12, 20))
+    def full(self, data): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('pathlib.Path.write_bytes', full)
+    with pytest.raises(OSError, match='No space'): save_attention(model, fname)
+    assert fname.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ['a.safetensors']
+
+def test_other_files_are_named(tmp_path):
+    (tmp_path/'a').write_bytes(b'no such thing')
+    with pytest.raises(ValueError, match='no safetensors file'): load_attention(net(), tmp_path/'a')
+    with pytest.raises(FileNotFoundError): load_attention(net(), tmp_path/'b')
+
+def test_fused_layers_are_kept_fused(tmp_path):
+    model = net()
+    insert_attention(model, 'mid', size=(12, 20), gamma=.5)
+    fuse_attention(model)
+    load_attention(other := net(), save_attention(model, tmp_path/'a'))
+    assert torch.equal(other.eval()(X), model.eval()(X)) and other.mid.attention.norm_type is None
+
+
+# learn.load, learn.train_attention_only
+
+@pytest.mark.parametrize('way', [dict(where=['stem', 'mid']), dict(where='mid', layer=SimpleSelfAttention)], ids=str)
+def test_learn_load_says_what_to_do(tmp_path, way):
+    learn = learner(tmp_path)
+    paths = insert_attention(learn, **way)
+    learn.save('with')
+    with pytest.raises(RuntimeError, match=rf"with was saved with attention at {', '.join(sorted(paths))}, which this model has not: insert it first.*`load_attention`"): learner(tmp_path).load('with')
+    learner(tmp_path).load('with', strict=False, with_opt=False)
+    again = learner(tmp_path, net(2))
+    insert_attention(again, **way)
+    again.load('with')
+    assert torch.equal(again.model.eval()(X), learn.model.eval()(X))
+    with pytest.raises(RuntimeError, match='^Error') as e: learner(tmp_path).save('plain'), learner(tmp_path, net(c=20)).load('plain')
+    assert 'attention' not in str(e.value)
+
+def test_only_attention_trains(tmp_path, capsys):
+    learn = learner(tmp_path)
+    learn.model.mid.bias.requires_grad_(False)
+    fit(learn)
+    learn.insert_attention(['stem', 'out'], gamma=.5)
+    inserted, flags = list(inserted_layers(learn.model)), {n: p.requires_grad for n, p in learn.model.named_parameters()}
+    inside = lambda n: any(n.startswith(f'{p}.') for p in inserted)
+    capsys.readouterr()
+    learn.train_attention_only()
+    n, total = (sum(p.numel() for k, p in learn.model.named_parameters() if which(k)) for which in (inside, lambda k: True))
+    assert capsys.readouterr().out == f'Training {n:,} of {total:,} parameters ({n/total:.2%}): attention at stem, out\n' and 0 < n < total
+    for act in (lambda: fit(learn), lambda: (learn.unfreeze(), fit(learn)), lambda: (learn.freeze(), fit(learn))):
+        before = {k: t.clone() for k, t in learn.model.state_dict().items()}
+        act()
+        for k, t in learn.model.state_dict().items():
+            if not inside(k): assert torch.equal(t, before[k]), k
+        assert all(not torch.equal(p, before[k]) for k, p in learn.model.named_parameters() if inside(k) and not k.endswith('gamma') or k.endswith('gamma'))
+    learn.train_all()
+    assert {n: p.requires_grad for n, p in learn.model.named_parameters()} == flags and not any(isinstance(cb, OnlyAttention) for cb in learn.cbs)
+    before = {k: t.clone() for k, t in learn.model.state_dict().items()}
+    fit(learn)
+    assert not torch.equal(learn.model.stem[0].weight, before['stem.0.weight']) and not torch.equal(learn.model.stem[1].running_mean, before['stem.1.running_mean'])
+    with pytest.raises(ValueError, match='nothing to undo'): learn.train_all()
+
+def test_only_some_attention_trains_and_the_file_holds_all_of_it(tmp_path):
+    learn, plain = learner(tmp_path), copy.deepcopy(net())
+    learn.insert_attention(['stem', 'out'], gamma=.5)
+    learn.train_attention_only('stem'), learn.train_attention_only('out')          # the second call is in the place of the first
+    fit(learn, 2)
+    load_attention(plain, save_attention(learn, tmp_path/'a'))
+    assert torch.equal(plain.eval()(X), learn.model.eval()(X))
+    assert [p.requires_grad for p in inserted_layers(learn.model)['stem.3'].parameters()] == [False]*4
+    with pytest.raises(ValueError, match='no attention layer'): learner().train_attention_only()
+    model = net()
+    learn = learner(model=model)
+    learn.create_opt()
+    insert_attention(model, 'mid', size=(12, 20))
+    with pytest.raises(ValueError, match='the optimizer does not know all'): learn.train_attention_only()
+    assert not any(isinstance(cb, OnlyAttention) for cb in learn.cbs)
