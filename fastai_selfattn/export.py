@@ -21,6 +21,7 @@ import torch
 from fastai.data.transforms import Normalize
 from fastai.layers import ToTensorBase
 from fastai.learner import Learner
+from fasttransform.transform import Pipeline
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -55,7 +56,8 @@ class Deployed(nn.Module):
             raise ValueError(f"{type(learn.loss_func).__name__} has no `decodes`, so there are no classes: use `output='probs'` or 'raw'")
         self.model = _without_tensor_base(deepcopy(bare_model(learn.model))).cpu().eval().requires_grad_(False)
         for conv in normed(self.model): bake(conv)
-        norm = next((t for t in getattr(learn.dls, 'after_batch', ()) if isinstance(t, Normalize)), None)
+        tfms = getattr(learn.dls, 'after_batch', None)     # a method where there are none
+        norm = next((t for t in tfms if isinstance(t, Normalize)), None) if isinstance(tfms, Pipeline) else None
         for name in ('mean','std'):
             value = getattr(norm, name).detach().cpu().as_subclass(Tensor) if norm else None
             self.register_buffer(name, value)
