@@ -56,7 +56,7 @@ def more_than_0(
     parse.__name__ = kind.__name__
     return parse
 
-# %% ../nbs/api/shell.ipynb #c5ff2331
+# %% ../nbs/api/shell.ipynb #47534849
 def reason(
     e:BaseException, # what was raised
 )->str: # one line
@@ -113,7 +113,7 @@ def check_result(
     check_folder(file.parent)
     return file
 
-# %% ../nbs/api/shell.ipynb #fe020f6f
+# %% ../nbs/api/shell.ipynb #47f28fda
 class Failed(Exception):
     "What a command has to say when it cannot do its work, in one sentence, and its exit status"
     def __init__(self, sentence, status=1):
@@ -147,7 +147,7 @@ def in_one_sentence(
         return run
     return decorate
 
-# %% ../nbs/api/shell.ipynb #4b5dbd34
+# %% ../nbs/api/shell.ipynb #58af276a
 @contextmanager
 def uninterrupted()->Iterator[None]:
     "Ctrl-C waits until the block is done"

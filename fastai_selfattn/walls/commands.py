@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FunctionType
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor
 from fastai.learner import Learner, load_learner
 from fastai.torch_core import set_seed
 from fastai.vision import models
@@ -29,9 +29,10 @@ from .. import learner  # noqa: F401  gives `Learner` its `show_attention`
 from ..attention.kinds import attention_layers
 from ..seeing.effect import change_in_words
 from ..seeing.explorer import attention_explorer
-from .data import open_photo, split_walls, wall_dls, wall_items
+from .data import split_walls, wall_dls, wall_items
 from .train import evaluate_walls, small_encoder, wall_learner
-from .paint import recolor, wall_probability
+from .paint import is_wall, recolor, wall_probability
+from .pictures import open_photo, open_upright
 from .report import in_words, plot_predictions, plot_recolored, save_figure, write_report
 from .run import Tries, ran_away, train_walls, write_whole
 from ..shell import CommandParser, Failed, NotWritten, at_least, check_folder, in_one_sentence, reason, uninterrupted, whole_file
@@ -58,9 +59,12 @@ def _walls_parser():
     p = CommandParser(prog='selfattn-walls', description="Train a U-Net with self-attention to find the walls in pictures of rooms, "
                 "and write a folder with the model, figures and pictures.")
     p.add_argument('--data', type=Path, metavar='DIR',
-                   help="folder with images/ and masks/, matched by file stem; rooms are made if not given")
+                   help="folder with images/ and masks/ (or labels/, annotations/), matched by file stem; rooms are made if not given")
     p.add_argument('--wall-code', type=at_least(0), metavar='N',
-                   help="mask value that means wall (any value but 0 if not given), with --data")
+                   help="mask value that means wall (the only one but 0 if not given), with --data")
+    p.add_argument('--ignore', type=at_least(0), metavar='N',
+                   help="mask value that means not labelled, such as 255: no part of the loss and the figures, with --data")
+    p.add_argument('--mask-suffix', metavar='TEXT', help="what masks have after the stem, such as _P in CamVid, with --data")
     p.add_argument('--n-rooms', type=at_least(4), metavar='N', help=f"rooms to make, without --data ({_N_ROOMS})")
     p.add_argument('--size', type=at_least(32), default=96, metavar='PIXELS', help="side that pictures are squeezed to (%(default)s)")
     p.add_argument('--epochs', type=at_least(1), default=12, metavar='N', help="times to go through the training pictures (%(default)s)")
@@ -81,7 +85,9 @@ def _walls_args(argv):
     p = _walls_parser()
     args = p.parse_args(argv)
     if args.data and args.n_rooms: p.error("--n-rooms is for the rooms that are made without --data: give one of the two")
-    if args.wall_code is not None and not args.data: p.error("--wall-code is for the masks of --data, which is not given")
+    for option,given in (('--wall-code',args.wall_code),('--ignore',args.ignore),('--mask-suffix',args.mask_suffix)):
+        if given is not None and not args.data: p.error(f"{option} is for the masks of --data, which is not given")
+    if args.ignore is not None and args.ignore == args.wall_code: p.error("--ignore and --wall-code are the same: give two")
     if args.no_attention and args.gamma: p.error("--gamma is for attention, which --no-attention leaves out: give one of the two")
     if not args.data: args.n_rooms = args.n_rooms or _N_ROOMS
     return args
@@ -115,6 +121,10 @@ def _unmake(path, *parents):
         try: p.rmdir()
         except OSError: return     # something else is in it by now
 
+def _how(args):
+    "How masks are read"
+    return dict(code=args.wall_code, ignore=args.ignore, suffix=args.mask_suffix or '')
+
 def _make_items(args, out):
     try: return wall_items(make_rooms(out/'rooms', args.n_rooms, args.size, args.seed))
     except OSError as e: raise Failed(f"cannot write the rooms to {out/'rooms'}: {reason(e)}") from e
@@ -124,7 +134,7 @@ def _prepare(args, arch, items, out):
     if items is None: items = _make_items(args, out)
     train,valid,test = split_walls(items, args.seed)
     set_seed(args.seed)     # before the `DataLoaders`, which draw the order of their batches from it
-    dls = wall_dls(train, valid, args.size, args.bs, args.wall_code)
+    dls = wall_dls(train, valid, args.size, args.bs, **_how(args))
     given = {} if args.no_attention else dict(gamma=args.gamma)
     try: learn = wall_learner(dls, arch, self_attention=not args.no_attention, pretrained=args.pretrained, path=out, **given)
     except Exception as e: raise ValueError(f"no U-Net on --arch {args.arch}: {reason(e)}") from e
@@ -133,7 +143,7 @@ def _prepare(args, arch, items, out):
 def _prepared(args):
     "As `_prepare`, in a new folder; whatever fails leaves nothing"
     try:
-        arch,items = _find_arch(args.arch),wall_items(args.data, args.wall_code) if args.data else None
+        arch,items = _find_arch(args.arch),wall_items(args.data, **_how(args)) if args.data else None
         with _new_folder(args.out) as out: return _prepare(args, arch, items, out)
     except ValueError as e: raise Failed(str(e), 2) from e
 
@@ -144,9 +154,9 @@ def _effect(learn, test):
     on,*others = [f'{dice:.3f} ({way})' for way,dice in effect.table['dice'].items()]
     return f"Dice {on}, {', '.join(others)}: {change_in_words(max(effect.changes.values()))}"
 
-def _pictures(learn, test, code, before):
+def _pictures(learn, test, how, before):
     "File name -> function that draws it into a file; `before` is a copy of the model from before training"
-    yield 'predictions.png',lambda f: save_figure(plot_predictions(learn, test[:5], code), f)
+    yield 'predictions.png',lambda f: save_figure(plot_predictions(learn, test[:5], **how), f)
     yield 'recolored.png',lambda f: save_figure(plot_recolored(learn, test[:4]), f)
     if not attention_layers(learn.model): return
     yield 'gamma.png',lambda f: save_figure(learn.plot_gamma(), f)
@@ -160,7 +170,7 @@ def _finish(learn, test, args, before, failed):
     gammas = {n:m.gamma.item() for n,m in attention_layers(learn.model).items()}
     figures = tries('figures', evaluate_walls, learn, test) or {}
     effect = tries('effect of attention', _effect, learn, test) if gammas else ''
-    for name,draw in _pictures(learn, test, args.wall_code, before): tries(name, write_whole, out/name, draw)
+    for name,draw in _pictures(learn, test, _how(args), before): tries(name, write_whole, out/name, draw)
     settings = {f"--{k.replace('_','-')}":v for k,v in vars(args).items() if v is not None}
     said = figures,gammas,effect or '',ran_away(learn)
     tries('report.md', write_report, out, *said[:2], settings, *said[2:], failed|tries.failed)
@@ -218,7 +228,7 @@ def _targets(args):
     names,taken = [],{}
     for f in args.photos:
         open_photo(f)
-        suffix = f.suffix if f.suffix.lower() in ('.jpg','.jpeg','.png','.webp','.tif','.tiff') else '.png'
+        suffix = f.suffix if f.suffix.lower() in (*_jpegs,*_keeps_alpha) else '.png'
         new = [args.out/f'{f.stem}-{_rgb_hex(args.color)}{suffix}'] + [args.out/f'{f.stem}-mask.png']*args.mask
         for t in new:
             if t in taken: raise ValueError(f"{taken[t]} and {f} would both be written to {t}: do them in two calls with different --out")
@@ -238,23 +248,35 @@ def _load(file):
     if not isinstance(learn, Learner): raise ValueError(f"{file} is not an exported Learner but holds a {type(learn).__name__}")
     return learn
 
-def _keep(file):
-    "What to hand to `save` so that a new picture keeps the profile, and the EXIF notes but for the orientation, of `file`"
-    with Image.open(file) as img:
-        exif,profile = ImageOps.exif_transpose(img).getexif(),img.info.get('icc_profile')
-        return dict(quality=95) | ({'exif':exif} if len(exif) else {}) | ({'icc_profile':profile} if profile and img.mode == 'RGB' else {})
+_keeps_alpha = '.png','.webp','.tif','.tiff'
+_jpegs = '.jpg','.jpeg'
 
-# %% ../../nbs/api/walls/commands.ipynb #82c0629b
+def _options(photo, suffix):
+    "What to hand to `save` so that a new picture keeps the profile, and the EXIF notes but for the orientation, of a photo as stored"
+    exif,profile = photo.getexif(),photo.info.get('icc_profile')
+    keep = {'icc_profile':profile if photo.mode in ('RGB','RGBA') else None}
+    if suffix in (*_jpegs,'.webp'): keep['quality'] = 95
+    if suffix in ('.tif','.tiff'): return keep | {'compression':'tiff_deflate'}     # its tags describe the old file
+    return keep | ({'exif':exif} if len(exif) else {})
+
+# %% ../../nbs/api/walls/commands.ipynb #6159df8f
 def _repaint(learn, file, targets, color):
     "Write the new picture of a photo and, where there is a second target, its mask: both or none; what was done, in words"
-    photo = open_photo(file)
+    stored,suffix = open_upright(file),targets[0].suffix.lower()
+    photo = open_photo(stored, alpha=suffix in _keeps_alpha)
     prob = wall_probability(learn, photo)
+    wall = is_wall(prob)
     with ExitStack() as stack:
         new,*mask = [stack.enter_context(whole_file(t)) for t in targets]
-        recolor(photo, prob, color).save(new, **_keep(file))
-        for m in mask: Image.fromarray(np.uint8(255*(prob.numpy() > .5))).save(m)
-    share = (prob > .5).float().mean().item()
-    return f"{targets[0]}: " + (f"{share:.0%} wall" if share else "no wall found, picture unchanged")
+        if not wall.any() and file.suffix == targets[0].suffix: shutil.copyfile(file, new)
+        else: recolor(photo, prob, color).save(new, **_options(stored, suffix))
+        for m in mask: Image.fromarray(np.uint8(255*wall.numpy())).save(m)
+    return f"{targets[0]}: {_share(wall)}"
+
+def _share(wall):
+    share = wall.float().mean().item()
+    if not share: return "no wall found, picture unchanged"
+    return f"{share:.0%} wall" if share >= .005 else "less than 1% wall"
 
 @in_one_sentence('selfattn-recolor')
 def recolor_main(

@@ -17,8 +17,9 @@ import pandas as pd
 from fastai.learner import Learner
 
 from ..shell import reason, whole_file
-from .data import true_wall, open_photo
-from .paint import recolor, wall_probability
+from .data import true_wall
+from .paint import is_wall, recolor, wall_probability
+from .pictures import open_photo
 
 # %% ../../nbs/api/walls/report.ipynb #6a807021
 def _show(ax, image, title=None):
@@ -39,14 +40,14 @@ def _overlay(photo, mask, color=(255,60,60)):
 def plot_predictions(
     learn:Learner, # trained on walls
     items:list[Path], # pictures of a data set, a row each
-    code:int=None, # the mask value that means wall
+    **how, # how masks are read: `code`, `ignore` and `suffix`
 )->np.ndarray: # the axes, a row a picture: image, truth, prediction
     "Draw pictures with their true and predicted walls in red"
     axs = _grid(items, 3)
     for row,item,first in zip(axs, items, [True]+[False]*len(items)):
         photo = open_photo(item)
-        pred = wall_probability(learn, photo) > .5
-        for ax,im,title in zip(row, (photo, _overlay(photo, true_wall(item, code)), _overlay(photo, pred)), ('image','truth','prediction')):
+        pred = is_wall(wall_probability(learn, photo))
+        for ax,im,title in zip(row, (photo, _overlay(photo, true_wall(item, **how) == 1), _overlay(photo, pred)), ('image','truth','prediction')):
             _show(ax, im, title if first else None)
     return axs
 
