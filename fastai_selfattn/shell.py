@@ -56,7 +56,7 @@ def more_than_0(
     parse.__name__ = kind.__name__
     return parse
 
-# %% ../nbs/api/shell.ipynb #47534849
+# %% ../nbs/api/shell.ipynb #ad5fc5a0
 def reason(
     e:BaseException, # what was raised
 )->str: # one line
@@ -113,7 +113,7 @@ def check_result(
     check_folder(file.parent)
     return file
 
-# %% ../nbs/api/shell.ipynb #47f28fda
+# %% ../nbs/api/shell.ipynb #ffa50fb3
 class Failed(Exception):
     "What a command has to say when it cannot do its work, in one sentence, and its exit status"
     def __init__(self, sentence, status=1):
@@ -135,8 +135,10 @@ def in_one_sentence(
         @wraps(main)
         def run(argv=None):
             try:
-                status = main(argv)
+                try: status = main(argv)
+                except SystemExit as e: status = e     # of `--help`, or a parser's error
                 sys.stdout.flush()
+                if isinstance(status, SystemExit): raise status
                 return status
             except Failed as e: said,status = str(e),e.status
             except NotWritten as e: said,status = str(e),1
@@ -147,7 +149,7 @@ def in_one_sentence(
         return run
     return decorate
 
-# %% ../nbs/api/shell.ipynb #58af276a
+# %% ../nbs/api/shell.ipynb #574a9a2e
 @contextmanager
 def uninterrupted()->Iterator[None]:
     "Ctrl-C waits until the block is done"

@@ -183,7 +183,7 @@ def _to_user(out, model, said, failed):
     for name,e in failed.items():
         if not isinstance(e, OSError): print(f"no {name}: {reason(e)}")
     print(f"results: {out}" + (f", start with {out/'report.md'}" if 'report.md' not in failed else '') +
-          f'\non your own photo: selfattn-recolor --model {shlex.quote(str(model))} --color "#7aa6c2" photo.jpg')
+          f'\non your own photo: selfattn-recolor --model {shlex.quote(str(model))} --color "#7aa6c2" photo.jpg', flush=True)
     lost = {n:e for n,e in failed.items() if isinstance(e, OSError)}
     if lost: raise Failed(f"cannot write {', '.join(lost)} to {out}: {reason(next(iter(lost.values())))}; the model is {model}")
 
@@ -203,7 +203,8 @@ def walls_main(
         model,failed = train_walls(learn, args.epochs, args.lr)
         said,failed = _finish(learn, test, args, before, failed)
     except KeyboardInterrupt as e: raise Failed(f"stopped; {_what_is_there(learn.path)}", 130) from e
-    _to_user(learn.path, model, said, failed)
+    try: _to_user(learn.path, model, said, failed)
+    except OSError as e: raise Failed(f"cannot write to the standard output: {reason(e)}; the model is {model}") from e
     return 0
 
 # %% ../../nbs/api/walls/commands.ipynb #230b3456
@@ -259,7 +260,7 @@ def _options(photo, suffix):
     if suffix in ('.tif','.tiff'): return keep | {'compression':'tiff_deflate'}     # its tags describe the old file
     return keep | ({'exif':exif} if len(exif) else {})
 
-# %% ../../nbs/api/walls/commands.ipynb #6159df8f
+# %% ../../nbs/api/walls/commands.ipynb #427db8dc
 def _repaint(learn, file, targets, color):
     "Write the new picture of a photo and, where there is a second target, its mask: both or none; what was done, in words"
     stored,suffix = open_upright(file),targets[0].suffix.lower()

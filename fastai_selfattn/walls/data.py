@@ -61,7 +61,7 @@ def _endings():
 
 def _is_picture(file): return file.suffix.lower() in _endings()
 
-# %% ../../nbs/api/walls/data.ipynb #6e9eebf3
+# %% ../../nbs/api/walls/data.ipynb #008dddca
 def _fit(mask, size, file, image):
     "The mask in the size (w, h) of its picture; raise if their shapes differ"
     (h,w),(pw,ph) = mask.shape,size

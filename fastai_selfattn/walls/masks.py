@@ -7,7 +7,7 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/walls/masks.html.md"
 # %% auto #0
 __all__ = ['open_mask']
 
-# %% ../../nbs/api/walls/masks.ipynb #dda44330
+# %% ../../nbs/api/walls/masks.ipynb #e62b8391
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 
 from .pictures import has_alpha, open_upright, to_8_bits
 
-# %% ../../nbs/api/walls/masks.ipynb #2184a691
+# %% ../../nbs/api/walls/masks.ipynb #88dda2e0
 IGNORED = 255     # in what `open_mask` gives
 
 class SeveralCodes(ValueError):
@@ -34,7 +34,7 @@ def in_short(
     shown = [f'{c:g}' for c in codes[:20]]
     return f"the {'code' if len(codes) == 1 else 'codes'} {', '.join(shown)}" + (f" and {len(codes)-20} more" if len(codes) > 20 else "")
 
-# %% ../../nbs/api/walls/masks.ipynb #abd8ef59
+# %% ../../nbs/api/walls/masks.ipynb #78a7f5cc
 def _is_lossy(file, img):
     "Whether a file may hold other numbers than those that were saved"
     if img.format == 'WEBP': return not _has_chunk(Path(file).read_bytes(), b'VP8L')
@@ -71,7 +71,7 @@ def _of_colours(a, file, lossy):
     if len(others) > 1: raise ValueError(f"{file} holds {len(others)} colours beside black: save masks as PNG with one channel of codes")
     return (grey > 0).astype(np.uint8)
 
-# %% ../../nbs/api/walls/masks.ipynb #2b8ff71e
+# %% ../../nbs/api/walls/masks.ipynb #14f97438
 _Numbers = namedtuple('_Numbers', 'a kind lossy codes')     # (h, w) numbers, format and mode, saved with loss, whether they can be codes
 
 def _read(file, by_code):
@@ -97,7 +97,7 @@ def _with_alpha(a, alpha, file):
     if np.array_equal(a > a.max()/2, alpha > 127): return a
     raise ValueError(f"{file} has one shape in its colours and another in its transparency: save masks as PNG with one channel")
 
-# %% ../../nbs/api/walls/masks.ipynb #b48b210f
+# %% ../../nbs/api/walls/masks.ipynb #8e4ce886
 def soft_wall(
     a:np.ndarray, # (h, w) numbers of a mask
 )->np.ndarray|None: # bool (h, w), or None if `a` is not black and white with soft edges
@@ -117,7 +117,7 @@ def _lossy_wall(a, file):
         raise ValueError(f"{file} was saved with loss and is not black and white ({grey:.0%} grey, the brightest is {a.max()} of 255): save masks as PNG")
     return a > 127
 
-# %% ../../nbs/api/walls/masks.ipynb #169f52f1
+# %% ../../nbs/api/walls/masks.ipynb #e88fdd9e
 SeenMask = namedtuple('SeenMask', 'mask kind codes soft')     # uint8 (h, w), format and mode, numbers but 0, whether edges are soft
 
 def look_at_mask(
@@ -141,7 +141,7 @@ def look_at_mask(
     if soft or not can_hold: codes = {255} if wall.any() else set()     # colours and transparency are no codes
     return SeenMask(np.where(ignored, IGNORED, wall).astype(np.uint8), kind, codes, soft)
 
-# %% ../../nbs/api/walls/masks.ipynb #e5d5071e
+# %% ../../nbs/api/walls/masks.ipynb #5627d444
 def open_mask(
     file:Path, # a mask
     code:int=None, # the number that means wall; the only one but 0 if None

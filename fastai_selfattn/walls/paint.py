@@ -29,7 +29,7 @@ def wall_probability(
     with torch.no_grad(): p = model(x).float().softmax(1)[:,1:]
     return F.interpolate(p, size=photo.size[::-1], mode='bilinear', align_corners=False)[0,0].cpu()
 
-# %% ../../nbs/api/walls/paint.ipynb #6accddcb
+# %% ../../nbs/api/walls/paint.ipynb #3215fea0
 def is_wall(
     prob:Tensor, # probability of wall
 )->Tensor: # bool

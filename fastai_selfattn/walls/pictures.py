@@ -7,13 +7,13 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/walls/pictures.html.
 # %% auto #0
 __all__ = ['open_upright', 'open_photo']
 
-# %% ../../nbs/api/walls/pictures.ipynb #35f8ba69
+# %% ../../nbs/api/walls/pictures.ipynb #336687f6
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-# %% ../../nbs/api/walls/pictures.ipynb #b7595833
+# %% ../../nbs/api/walls/pictures.ipynb #d35a568c
 def _white(a):
     "The number that stands for white in a picture of numbers, none of them negative"
     top = a.max()
@@ -37,7 +37,7 @@ def has_alpha(
     "Whether a picture has transparency"
     return img.mode in ('LA','La','PA','RGBA','RGBa') or 'transparency' in img.info
 
-# %% ../../nbs/api/walls/pictures.ipynb #5177060d
+# %% ../../nbs/api/walls/pictures.ipynb #c2720ef9
 _unreadable = OSError,SyntaxError,ValueError,Image.DecompressionBombError
 
 def open_upright(

@@ -7,7 +7,7 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/walls/run.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/walls/run.ipynb #5a35e4d7
+# %% ../../nbs/api/walls/run.ipynb #4cd214bd
 import errno
 import re
 import sys
@@ -23,7 +23,7 @@ from fastai.learner import Learner
 
 from ..shell import Failed, NotWritten, reason, uninterrupted, whole_file
 
-# %% ../../nbs/api/walls/run.ipynb #79296abe
+# %% ../../nbs/api/walls/run.ipynb #e061d25d
 class RunTable(Callback):
     "A csv file with a row for each epoch; a disk that takes none of it does not end the training"
     order = 60     # after all that adds columns, as fastai's `CSVLogger`
@@ -48,7 +48,7 @@ class RunTable(Callback):
         except OSError as e: self.failed = e
         else: self.failed = None
 
-# %% ../../nbs/api/walls/run.ipynb #6a06efa0
+# %% ../../nbs/api/walls/run.ipynb #7cfc2023
 class _Lines:
     "Print a line for each epoch"
     def __init__(self, learn): self.learn = learn
@@ -71,7 +71,7 @@ def bars_or_lines(
     "fastai's progress bars on a terminal, else a line for each epoch"
     return nullcontext() if sys.stdout.isatty() else _as_lines(learn)
 
-# %% ../../nbs/api/walls/run.ipynb #bed3ccf7
+# %% ../../nbs/api/walls/run.ipynb #9dd063e2
 def _export(learn, file):
     "Write a Learner as `learn.export` does, whole or not at all; it stays as it was, where fastai's loses its data if the disk is full"
     dls,opt,full = learn.dls,learn.opt,False
@@ -103,7 +103,7 @@ def ran_away(
     state = (t for t in learn.model.state_dict().values() if t.is_floating_point())
     return not (np.isfinite(learn.recorder.values[-1][:2]).all() and all(t.isfinite().all() for t in state))
 
-# %% ../../nbs/api/walls/run.ipynb #3f2c2abf
+# %% ../../nbs/api/walls/run.ipynb #52fede5d
 def _why(e):
     "The reason, without the line that fastai puts before what a callback raised"
     return reason(Exception(re.sub('^Exception occured in .*', '', str(e)) or type(e).__name__))
@@ -128,7 +128,7 @@ def train_walls(
     left = f"the table so far is in {table.file}" + (f", the model so far in {model}" if len(table.rows) > 1 else "")
     raise Failed(f"{early}; {left}", 130 if early == 'stopped' else 1)
 
-# %% ../../nbs/api/walls/run.ipynb #635fe510
+# %% ../../nbs/api/walls/run.ipynb #07eb5bcd
 class Tries:
     "Call functions; what they raise is kept in `failed` by name, and they give None then"
     def __init__(self): self.failed = {}

@@ -3,6 +3,9 @@ import errno
 import re
 import resource
 import signal
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +16,10 @@ import torch
 from fastai.learner import Learner, load_learner
 from PIL import Image
 
+from fastai_selfattn import __version__
+from fastai_selfattn.__main__ import COMMANDS
+from fastai_selfattn.bench.commands import bench_main
+from fastai_selfattn.bench.loggers import bench_logging_main
 from fastai_selfattn.shell import NotWritten, in_one_sentence, uninterrupted, whole_file
 from fastai_selfattn.walls import commands, rooms, run
 from fastai_selfattn.walls.commands import recolor_main, walls_main
@@ -235,3 +242,60 @@ def test_a_standard_output_that_fails_is_one_sentence(capfd):
     def broken(argv): raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
     assert broken() == 1
     one_sentence(capfd, 'example', 'cannot write to the standard output: Broken pipe')
+
+@pytest.mark.parametrize('share', [0., .9])
+def test_photos_of_every_kind_with_a_wall_and_without(paint, tmp_path, monkeypatch, capfd, share):
+    monkeypatch.setattr(commands, 'wall_probability', lambda learn, photo: torch.full(photo.size[::-1], share))
+    rgb = Image.open(tmp_path/'p0.png')
+    rgba = rgb.convert('RGBA')
+    rgba.putalpha(rgb.getchannel(1))
+    kinds = {f'{c}.tif': (rgb, {'compression': c}) for c in ('tiff_lzw', 'tiff_deflate', 'packbits', 'jpeg', 'raw')}
+    kinds |= {'g4.tiff': (rgb.convert('1'), {'compression': 'group4'}), 'rgba.png': (rgba, {}), 'alpha.tif': (rgba, {'compression': 'tiff_lzw'}), 'alpha.webp': (rgba, {'lossless': True}),
+              'lab.tif': (rgb.convert('LAB'), {}), 'cmyk.jpg': (rgb.convert('CMYK'), {}), 'palette.png': (rgb.quantize(16), {}), 'b.bmp': (rgb, {})}
+    for name, (img, how) in kinds.items(): img.save(tmp_path/name, **how)
+    assert paint(photos=kinds) == 0
+    assert capfd.readouterr().out.count('100% wall' if share else 'no wall found, picture unchanged') == len(kinds)
+    for name in kinds:
+        new = tmp_path/'new'/f'{Path(name).stem}-008080{Path(name).suffix.replace(".bmp", ".png")}'
+        if not share and name != 'b.bmp': assert new.read_bytes() == (tmp_path/name).read_bytes()
+        if 'rgba' in name or 'alpha' in name: assert np.array_equal(Image.open(new).getchannel('A'), rgba.getchannel('A'))
+
+
+# --- manners ---
+
+def process(command, *args, **kw):
+    code = f'import sys; sys.argv[0] = {command!r}; from fastai_selfattn.__main__ import start; sys.exit(start({command!r}))'
+    return subprocess.Popen([sys.executable, '-c', code, *args], stderr=subprocess.PIPE, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **kw)      # ignored where pytest runs in the background
+
+def test_each_command_in_a_process_tells_its_version():
+    listed = subprocess.run([sys.executable, '-m', 'fastai_selfattn'], capture_output=True, text=True, check=True).stdout
+    for command in COMMANDS:
+        p = process(command, '--version', stdout=subprocess.PIPE)
+        assert p.communicate() == (f'{command} {__version__}\n', '') and command in listed
+    assert subprocess.run([sys.executable, '-m', 'fastai_selfattn', '--version'], capture_output=True, text=True).stdout == f'fastai-selfattn {__version__}\n'
+
+@pytest.mark.parametrize('main,prog', [(walls_main, 'selfattn-walls'), (recolor_main, 'selfattn-recolor'), (bench_main, 'selfattn-bench'), (bench_logging_main, 'selfattn-bench-logging')])
+def test_version_of_each_function(main, prog, capfd):
+    with pytest.raises(SystemExit) as e: main(['--version'])
+    assert e.value.code == 0 and capfd.readouterr().out == f'{prog} {__version__}\n'
+
+@pytest.mark.parametrize('seconds', [.3, 2.5])
+def test_ctrl_c_in_a_process_that_imports(tmp_path, seconds):
+    p = process('selfattn-walls', '--out', str(tmp_path/'run'), stdout=subprocess.DEVNULL)
+    time.sleep(seconds)
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=100)
+    assert (p.returncode, err) == (130, 'selfattn-walls: stopped\n') and not (tmp_path/'run').exists()
+
+def test_a_process_without_a_terminal_prints_a_line_for_each_epoch_and_no_warning(tmp_path, data):
+    p = process('selfattn-walls', '--epochs', '3', *TINY[2:], '--data', str(data), '--out', str(tmp_path/'run'), stdout=subprocess.PIPE)
+    out, err = p.communicate(timeout=300)
+    assert (p.returncode, err) == (0, '') and len(re.findall('^epoch [012]  train_loss [0-9.]+  valid_loss', out, re.M)) == 3
+    assert '\r' not in out and len(out) < 2000
+
+def test_a_process_whose_output_goes_nowhere_keeps_the_model(tmp_path, data):
+    with open('/dev/full', 'w') as full: p = process('selfattn-walls', *TINY, '--data', str(data), '--out', str(tmp_path/'run'), stdout=full)
+    _, err = p.communicate(timeout=300)
+    assert p.returncode == 1 and re.fullmatch('selfattn-walls: cannot write to the standard output: No space left on device; the model is .*export.pkl\n', err)
+    assert names(tmp_path/'run') == ALL
