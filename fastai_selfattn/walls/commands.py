@@ -137,6 +137,7 @@ def _prepare(args, arch, items, out):
     dls = wall_dls(train, valid, args.size, args.bs, **_how(args))
     given = {} if args.no_attention else dict(gamma=args.gamma)
     try: learn = wall_learner(dls, arch, self_attention=not args.no_attention, pretrained=args.pretrained, path=out, **given)
+    except OSError: raise     # of a standard output that fails
     except Exception as e: raise ValueError(f"no U-Net on --arch {args.arch}: {reason(e)}") from e
     return learn,test
 
@@ -260,7 +261,7 @@ def _options(photo, suffix):
     if suffix in ('.tif','.tiff'): return keep | {'compression':'tiff_deflate'}     # its tags describe the old file
     return keep | ({'exif':exif} if len(exif) else {})
 
-# %% ../../nbs/api/walls/commands.ipynb #427db8dc
+# %% ../../nbs/api/walls/commands.ipynb #91c4d334
 def _repaint(learn, file, targets, color):
     "Write the new picture of a photo and, where there is a second target, its mask: both or none; what was done, in words"
     stored,suffix = open_upright(file),targets[0].suffix.lower()

@@ -1,12 +1,14 @@
 "A trained model is never lost, files are whole or not there, and whatever goes wrong is one sentence"
 import errno
+import os
 import re
 import resource
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import matplotlib.figure
@@ -294,8 +296,19 @@ def test_a_process_without_a_terminal_prints_a_line_for_each_epoch_and_no_warnin
     assert (p.returncode, err) == (0, '') and len(re.findall('^epoch [012]  train_loss [0-9.]+  valid_loss', out, re.M)) == 3
     assert '\r' not in out and len(out) < 2000
 
-def test_a_process_whose_output_goes_nowhere_keeps_the_model(tmp_path, data):
+def test_a_process_whose_output_goes_nowhere_says_so_before_it_trains(tmp_path, data):
     with open('/dev/full', 'w') as full: p = process('selfattn-walls', *TINY, '--data', str(data), '--out', str(tmp_path/'run'), stdout=full)
     _, err = p.communicate(timeout=300)
-    assert p.returncode == 1 and re.fullmatch('selfattn-walls: cannot write to the standard output: No space left on device; the model is .*export.pkl\n', err)
-    assert names(tmp_path/'run') == ALL
+    assert (p.returncode, err) == (1, 'selfattn-walls: cannot write to the standard output: No space left on device\n') and not names(tmp_path)
+
+def test_an_output_that_breaks_off_while_training_costs_nothing(tmp_path, data, monkeypatch, capfd):
+    "As of `| head -3`"
+    class Pipe(StringIO):
+        lines = 0
+        def flush(self):
+            self.lines += 1
+            if self.lines > 1: raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
+        def fileno(self): return os.open(os.devnull, os.O_WRONLY)
+    with redirect_stdout(Pipe()): assert walls_main(['--epochs', '3', *TINY[2:], '--data', str(data), '--out', str(tmp_path/'run')]) == 1
+    one_sentence(capfd, 'selfattn-walls', 'cannot write to the standard output: Broken pipe; the model is .*export.pkl')
+    assert names(tmp_path/'run') == ALL and len((tmp_path/'run'/'table.csv').read_text().splitlines()) == 4
