@@ -1,4 +1,4 @@
-"""What the commands share: a parser whose errors are one line, numbers with bounds, files that are whole or not there, and one sentence for whatever goes wrong
+"""What the commands share: one-line errors, numbers with bounds, files that are whole or not there, one sentence for whatever goes wrong
 
 Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/shell.html.md"""
 

@@ -121,6 +121,7 @@ def _unmake(path, *parents):
         try: p.rmdir()
         except OSError: return     # something else is in it by now
 
+# %% ../../nbs/api/walls/commands.ipynb #3aa8e8d5
 def _how(args):
     "How masks are read"
     return dict(code=args.wall_code, ignore=args.ignore, suffix=args.mask_suffix or '')
@@ -190,7 +191,7 @@ def _to_user(out, model, said, failed):
 
 def _what_is_there(out):
     files = {'model':out/'export.pkl', 'table':out/'table.csv'}
-    return ', '.join(f'the {what} is {f}' for what,f in files.items() if f.exists()) or f'nothing is in {out} but what it was to be trained on'
+    return ', '.join(f'the {what} is {f}' for what,f in files.items() if f.exists()) or f'nothing is in {out} yet'
 
 @in_one_sentence('selfattn-walls')
 def walls_main(
@@ -225,6 +226,7 @@ def _rgb_hex(color):
     try: return '{:02x}{:02x}{:02x}'.format(*ImageColor.getrgb(color)[:3])
     except ValueError as e: raise ValueError(f"unknown --color {color}: give #rrggbb, such as '#7aa6c2', or a name such as teal") from e
 
+# %% ../../nbs/api/walls/commands.ipynb #fa5e867a
 def _targets(args):
     "New file (and mask file) for each photo; raise before anything is written"
     names,taken = [],{}

@@ -111,9 +111,12 @@ def _pairs(path, suffix, say):
     if unused: say(f"{unused} {'mask' if unused == 1 else 'masks'} in {folder} left out: no picture of that name")
     return pairs
 
+# %% ../../nbs/api/walls/data.ipynb #d1501746
 class _Seen:
     "What the masks of a folder hold, all together"
-    def __init__(self, folder): self.folder,self.kinds,self.codes,self.wall,self.other,self.resized,self.soft = folder,{},set(),0,0,[],[]
+    def __init__(self, folder):
+        self.folder,self.kinds,self.codes = folder,{},set()
+        self.wall,self.other,self.resized,self.soft = 0,0,[],[]
 
     def add(self, file, image, code, ignore):
         size = open_photo(image).size
@@ -134,13 +137,16 @@ class _Seen:
                 f"the masks in {self.folder} hold {in_short(all_codes)}: say which is wall (--wall-code), and which means not labelled "
                 "(--ignore), often 255")
         if not self.wall:
-            raise ValueError(f"no wall in any mask of {self.folder}: " + ("are they all 0?" if code is None else
-                             f"no pixel has the code {code}, there is {in_short(all_codes)}" if all_codes else f"no pixel has the code {code}"))
-        if not self.other: raise ValueError(f"every pixel of every mask of {self.folder} is wall: they hold {in_short(all_codes)}, and nothing else")
+            why = "are they all 0?" if code is None else f"no pixel has the code {code}"
+            if code is not None and all_codes: why += f", they hold {in_short(all_codes)}"
+            raise ValueError(f"no wall in any mask of {self.folder}: {why}")
+        if not self.other:
+            raise ValueError(f"every pixel of every mask of {self.folder} is wall: they hold {in_short(all_codes)}, and nothing else")
         for what,files in (("have another size than their picture and are resized", self.resized),
                            ("have soft edges or were saved with loss: wall is what is brighter than half", self.soft)):
             if files: say(f"{len(files)} of the masks {what} (such as {files[0].name})")
 
+# %% ../../nbs/api/walls/data.ipynb #8853fe71
 def wall_items(
     path:Path, # folder with `images/` and `masks/`
     code:int=None, # the mask value that means wall; the only one but 0 if None
@@ -183,7 +189,8 @@ def wall_dls(
 )->DataLoaders: # (bs, 3, size, size) pictures, normalised, and (bs, size, size) masks, 1 is wall, 255 is not labelled
     "`DataLoaders` for walls, mirrored and re-lit for training; `ValueError` if a batch cannot be filled"
     if bs > len(train): raise ValueError(f"a batch of {bs} cannot be filled from {len(train)} training pictures: use a smaller batch size")
-    block = DataBlock((ImageBlock, MaskBlock(['other','wall'])), get_x=open_photo, get_y=partial(true_wall, code=code, ignore=ignore, suffix=suffix),
+    get_y = partial(true_wall, code=code, ignore=ignore, suffix=suffix)
+    block = DataBlock((ImageBlock, MaskBlock(['other','wall'])), get_x=open_photo, get_y=get_y,
                       splitter=IndexSplitter(range(len(train), len(train)+len(valid))), item_tfms=Resize(size, method='squish'),
                       batch_tfms=[Flip(), Brightness(.2), Contrast(.2), Normalize.from_stats(*imagenet_stats)])
     return block.dataloaders([*train, *valid], bs=bs, num_workers=0)

@@ -57,7 +57,8 @@ def _of_palette(img, file):
     light = colours.sum(1)
     if np.isin(light, (0,765)).all(): return np.isin(idx, used[light == 765])     # whatever order a program put them in
     if used[0] == 0 and light[0] > light.min():
-        raise ValueError(f"{file} has a palette whose index 0 is not its darkest colour, so either may be wall: say the index (`code`, --wall-code)")
+        raise ValueError(f"{file} has a palette whose index 0 is not its darkest colour, so either may be wall: "
+                         "say the index (`code`, --wall-code)")
     return idx
 
 def _of_colours(a, file, lossy):
@@ -65,7 +66,8 @@ def _of_colours(a, file, lossy):
     grey = a.max(-1)
     if (grey == a.min(-1)).all(): return grey
     if lossy:
-        if ((grey - a.min(-1)) > 64).mean() > .01: raise ValueError(f"{file} is a colour picture saved with loss: save masks as PNG with one channel")
+        if ((grey - a.min(-1)) > 64).mean() > .01:
+            raise ValueError(f"{file} is a colour picture saved with loss: save masks as PNG with one channel")
         return grey
     others = np.unique(a[grey > 0], axis=0)
     if len(others) > 1: raise ValueError(f"{file} holds {len(others)} colours beside black: save masks as PNG with one channel of codes")
@@ -89,7 +91,8 @@ def _read(file, by_code):
     if a.dtype == bool: kind += ', black and white'
     if alpha is not None: a = _with_alpha(a, alpha, file)
     if a.dtype.kind == 'f' and not np.isfinite(a).all():
-        raise ValueError(f"{file} has {int((~np.isfinite(a)).sum())} pixels that are no finite numbers: give them a code of their own, and name it by --ignore")
+        raise ValueError(f"{file} has {int((~np.isfinite(a)).sum())} pixels that are no finite numbers: "
+                         "give them a code of their own, and name it by --ignore")
     return _Numbers(a.astype(np.uint8) if a.dtype == bool else a, kind, lossy, codes)
 
 def _with_alpha(a, alpha, file):
@@ -114,7 +117,8 @@ def soft_wall(
 def _lossy_wall(a, file):
     grey = ((a > 63) & (a < 192)).mean()
     if grey > .2 or 0 < a.max() < 64:
-        raise ValueError(f"{file} was saved with loss and is not black and white ({grey:.0%} grey, the brightest is {a.max()} of 255): save masks as PNG")
+        raise ValueError(f"{file} was saved with loss and is not black and white "
+                         f"({grey:.0%} grey, the brightest is {a.max()} of 255): save masks as PNG")
     return a > 127
 
 # %% ../../nbs/api/walls/masks.ipynb #e88fdd9e

@@ -43,7 +43,7 @@ def _srgb(c): return np.where(c <= .0031308, c*12.92, 1.055*np.clip(c, 0, None)*
 _luminance = np.array([.2126,.7152,.0722], dtype=np.float32)
 
 def _cover(prob, wall):
-    "How much of the new paint (h, w) gets: none where it is not wall; along the edge, where not all 3x3 pixels around are wall, by the probability"
+    "How much of the new paint each pixel (h, w) gets: by the probability along the edge, where not all 3x3 pixels around are wall"
     inside = F.max_pool2d((~wall)[None,None].float(), 3, 1, 1)[0,0] == 0
     return (wall*torch.where(inside, 1., (2*prob - .5).clamp(0, 1))).numpy()
 

@@ -47,7 +47,8 @@ def plot_predictions(
     for row,item,first in zip(axs, items, [True]+[False]*len(items)):
         photo = open_photo(item)
         pred = is_wall(wall_probability(learn, photo))
-        for ax,im,title in zip(row, (photo, _overlay(photo, true_wall(item, **how) == 1), _overlay(photo, pred)), ('image','truth','prediction')):
+        shown = photo,_overlay(photo, true_wall(item, **how) == 1),_overlay(photo, pred)
+        for ax,im,title in zip(row, shown, ('image','truth','prediction')):
             _show(ax, im, title if first else None)
     return axs
 
@@ -84,6 +85,8 @@ def in_words(
     return '\n'.join([*lines, *[effect]*bool(effect), *[_ran_away]*ran_away])
 
 _ran_away = 'Training ran away: losses or weights are no numbers any more; use a lower --lr.'
+
+# %% ../../nbs/api/walls/report.ipynb #a30921bb
 _titles = {'gamma.png': 'gamma per training step', 'predictions.png': 'Held-out rooms: image, truth, prediction',
            'attention.png': 'What the marked pixels attend to (1 is the average)', 'recolored.png': 'Repainted'}
 

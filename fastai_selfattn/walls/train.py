@@ -62,7 +62,8 @@ def wall_learner(
     "A U-Net that finds walls; errors as `unet.unet_learner`"
     cbs = [GammaLogger()] if self_attention else []
     kwargs.setdefault('loss_func', CrossEntropyLossFlat(axis=1, ignore_index=IGNORED))
-    learn = unet_learner(dls, arch, pretrained=pretrained, self_attention=self_attention, metrics=[WallDice(), WallIoU()], cbs=cbs, **kwargs)
+    learn = unet_learner(dls, arch, pretrained=pretrained, self_attention=self_attention,
+                         metrics=[WallDice(), WallIoU()], cbs=cbs, **kwargs)
     if pretrained: learn.unfreeze()
     return learn
 

@@ -144,7 +144,7 @@ def test_what_is_not_labelled_is_out_of_loss_and_figures(tmp_path):
     ([shape * 2, shape * 3] * 2, [], 'hold the codes 2, 3: say which is wall'),
     ([shape * 0 + 1] * 4, [], 'every pixel of every mask .* is wall: they hold the code 1'),
     ([shape * 0] * 4, [], 'no wall in any mask'),
-    ([classes] * 4, ['--wall-code', '2'], 'no pixel has the code 2, there is the codes 1, 3, 4, 5, 6'),
+    ([classes] * 4, ['--wall-code', '2'], 'no pixel has the code 2, they hold the codes 1, 3, 4, 5, 6'),
     ([ignoring] * 4, ['--wall-code', '1', '--ignore', '1'], '--ignore and --wall-code are the same')])
 def test_a_folder_that_is_not_clear_is_refused_before_anything_runs(tmp_path, masks, options, says, capfd):
     folder_of(tmp_path/'data', masks)
