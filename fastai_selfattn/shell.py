@@ -1,4 +1,4 @@
-"""What the commands share: a parser whose errors are one line, numbers with a lower bound, and results that are not overwritten
+"""What the commands share: one-line errors, numbers with bounds, files that are whole or not there, one sentence for whatever goes wrong
 
 Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/shell.html.md"""
 
@@ -9,13 +9,28 @@ __all__ = []
 
 # %% ../nbs/api/shell.ipynb #29194683
 import argparse
+import errno
 import math
-from collections.abc import Callable
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from itertools import count
 from pathlib import Path
+
+from . import __version__
 
 # %% ../nbs/api/shell.ipynb #15c1fbd8
 class CommandParser(argparse.ArgumentParser):
-    "An `ArgumentParser` whose errors are one line, with status 2"
+    "An `ArgumentParser` with `--version`, whose errors are one line, with status 2"
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
+
     def error(self, message): self.exit(2, f'{self.prog}: {message}\n')
 
 def at_least(
@@ -41,13 +56,108 @@ def more_than_0(
     parse.__name__ = kind.__name__
     return parse
 
+# %% ../nbs/api/shell.ipynb #ad5fc5a0
+def reason(
+    e:BaseException, # what was raised
+)->str: # one line
+    "Why something failed, for people"
+    text = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+    return text.strip().splitlines()[0] if text.strip() else type(e).__name__
+
+def remove_quietly(
+    file:Path, # that may be there
+):
+    "Remove a file; where that fails there is nothing better to do"
+    try: file.unlink(missing_ok=True)
+    except OSError: pass
+
+class NotWritten(OSError):
+    "A file could not be written; it is as it was before"
+    def __str__(self): return f'cannot write {self.filename}: {self.strerror}'
+
+_number = count()     # several files may be under way at once
+
+@contextmanager
+def whole_file(
+    file:Path, # to be written, over one that is there
+)->Iterator[Path]: # the name to write to, in the same folder and with the same ending
+    "A file that is there when the block has ended well, and as it was before if not; `NotWritten` if the disk does not take it"
+    file = Path(os.path.realpath(file))     # a link stays a link
+    tmp = file.with_name(f'.unfinished-{os.getpid()}-{next(_number)}{file.suffix}')
+    try:
+        yield tmp
+        if file.exists(): shutil.copymode(file, tmp)
+        tmp.replace(file)
+    except OSError as e: raise NotWritten(e.errno or errno.EIO, reason(e), str(file)) from e
+    finally: remove_quietly(tmp)
+
 # %% ../nbs/api/shell.ipynb #b4669951
+def check_folder(
+    folder:Path, # for results, made if need be
+)->Path: # the same
+    "`ValueError` if `folder` cannot be made, or no file can be made in it"
+    probe = folder/f'.unfinished-{os.getpid()}'
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise ValueError(f"cannot make --out {folder}: {reason(e)}") from e
+    try: probe.touch()
+    except OSError as e: raise ValueError(f"cannot write into --out {folder}: {reason(e)}") from e
+    finally: remove_quietly(probe)
+    return folder
+
 def check_result(
     file:Path, # that a command will write, in its folder `--out`
     overwrite:bool, # whether the user said `--overwrite`
 )->Path: # `file`, whose folder is there
     "Make the folder of a result; `ValueError` if that cannot be, or if the result exists"
     if file.exists() and not overwrite: raise ValueError(f"{file} exists: use --overwrite to replace it, or another --out")
-    try: file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise ValueError(f"cannot make --out {file.parent}: {e.strerror}") from e
+    check_folder(file.parent)
     return file
+
+# %% ../nbs/api/shell.ipynb #ffa50fb3
+class Failed(Exception):
+    "What a command has to say when it cannot do its work, in one sentence, and its exit status"
+    def __init__(self, sentence, status=1):
+        super().__init__(sentence)
+        self.status = status
+
+def _say(prog, sentence):
+    "Print to the standard error; a standard output that fails is left alone from here on"
+    try: print(f'{prog}: {sentence}', file=sys.stderr, flush=True)
+    except OSError: pass
+    try: sys.stdout.flush()
+    except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # else Python complains once more when it ends
+
+def in_one_sentence(
+    prog:str, # the command
+)->Callable[[Callable[...,int]],Callable[...,int]]: # a decorator for its function
+    "What ends a command early is said in one sentence: status 2 for bad input, 1 for what cannot be written or read, 130 for Ctrl-C"
+    def decorate(main):
+        @wraps(main)
+        def run(argv=None):
+            try:
+                try: status = main(argv)
+                except SystemExit as e: status = e     # of `--help`, or a parser's error
+                sys.stdout.flush()
+                if isinstance(status, SystemExit): raise status
+                return status
+            except Failed as e: said,status = str(e),e.status
+            except NotWritten as e: said,status = str(e),1
+            except KeyboardInterrupt: said,status = 'stopped',130
+            except OSError as e: said,status = (f"{e.filename}: " if e.filename else "cannot write to the standard output: ")+reason(e),1
+            _say(prog, said)
+            return status
+        return run
+    return decorate
+
+# %% ../nbs/api/shell.ipynb #574a9a2e
+@contextmanager
+def uninterrupted()->Iterator[None]:
+    "Ctrl-C waits until the block is done"
+    if threading.current_thread() is not threading.main_thread():     # only there signals arrive
+        yield
+        return
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *args: came.append(args))
+    try: yield
+    finally: signal.signal(signal.SIGINT, before)
+    if came and callable(before): before(*came[0])

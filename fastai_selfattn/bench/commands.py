@@ -9,7 +9,6 @@ __all__ = ['bench_table', 'plot_bench', 'bench_main']
 
 # %% ../../nbs/api/bench/commands.ipynb #4a2d09ec
 import re
-import sys
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from matplotlib.ticker import FixedLocator, NullFormatter
 from .contestants import CONTESTANTS, parse_contestants
 from .cost import SHAPES, parse_shapes
 from .measure import PASSES, bench_shape, circumstances
-from ..shell import CommandParser, check_result, more_than_0
+from ..shell import CommandParser, Failed, check_result, in_one_sentence, more_than_0, whole_file
 
 # %% ../../nbs/api/bench/commands.ipynb #ca6e62a7
 _shown = {'median ms':'ms', 'ratio to fastai':'to fastai', 'times over floor':'over floor', 'extra MiB':'MiB'}
@@ -131,29 +130,28 @@ def run_bench(
     argv:Sequence[str]|None, # arguments, those of the shell if None
     plan:Callable[[Namespace],tuple[Path,Iterable[pd.DataFrame]]], # file, and rows part by part; `ValueError` if the input is bad
     report:Callable[[pd.DataFrame,Path],int], # print what people read of the rows; exit status
-)->int: # exit status: that of `report`, 2 bad input, 130 stopped by Ctrl-C
+)->int: # exit status: that of `report`, 1 a file could not be written, 2 bad input, 130 stopped by Ctrl-C
     "A command that measures"
-    args = parser.parse_args(argv)
-    try:
-        file,measured = plan(args)
-        check_result(file, args.overwrite)
-    except ValueError as e:
-        print(f"{parser.prog}: {e}", file=sys.stderr)
-        return 2
-    parts,threads = [],torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
-        for part in measured:
-            parts.append(part)
-            df = pd.concat(parts, ignore_index=True)
-            df.to_csv(file, index=False, float_format='%.5g')
-    except KeyboardInterrupt:
-        print(f"\n{parser.prog}: stopped, {f'what was done is in {file}' if parts else 'nothing written'}", file=sys.stderr)
-        return 130
-    finally: torch.set_num_threads(threads)
-    status = report(df, file)
-    print(f"written: {file}")
-    return status
+    @in_one_sentence(parser.prog)
+    def command(argv):
+        args = parser.parse_args(argv)
+        try:
+            file,measured = plan(args)
+            check_result(file, args.overwrite)
+        except ValueError as e: raise Failed(str(e), 2) from e
+        parts,threads = [],torch.get_num_threads()
+        torch.set_num_threads(args.threads)
+        try:
+            for part in measured:
+                parts.append(part)
+                df = pd.concat(parts, ignore_index=True)
+                with whole_file(file) as f: df.to_csv(f, index=False, float_format='%.5g')
+            status = report(df, file)
+        except KeyboardInterrupt as e: raise Failed(f"stopped, {f'what was done is in {file}' if parts else 'nothing written'}", 130) from e
+        finally: torch.set_num_threads(threads)
+        print(f"written: {file}")
+        return status
+    return command(argv)
 
 # %% ../../nbs/api/bench/commands.ipynb #2081109a
 def _bench_parser():
@@ -204,7 +202,7 @@ def _draw(df, file):
     fig,axs = plt.subplots(1, len(panels), figsize=(5.4*len(panels),4.2), squeeze=False, layout='constrained')
     for i,(ax,(what,which)) in enumerate(zip(axs[0], panels)): plot_bench(df, what, which, ax, legend=i==0)
     fig.suptitle(f"{df['machine'][0]}, {df['threads'][0]} threads, torch {df['torch'][0]}, {df['date'][0]}", fontsize=9, color='0.4')
-    fig.savefig(file, dpi=110)
+    with whole_file(file) as f: fig.savefig(f, dpi=110)
     plt.close(fig)
     return True
 

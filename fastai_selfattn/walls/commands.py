@@ -12,15 +12,15 @@ import copy
 import difflib
 import shlex
 import shutil
-import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from types import FunctionType
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
-from fastai.callback.progress import CSVLogger
+from PIL import Image, ImageColor
 from fastai.learner import Learner, load_learner
 from fastai.torch_core import set_seed
 from fastai.vision import models
@@ -29,11 +29,13 @@ from .. import learner  # noqa: F401  gives `Learner` its `show_attention`
 from ..attention.kinds import attention_layers
 from ..seeing.effect import change_in_words
 from ..seeing.explorer import attention_explorer
-from .data import open_photo, split_walls, wall_dls, wall_items
+from .data import split_walls, wall_dls, wall_items
 from .train import evaluate_walls, small_encoder, wall_learner
-from .paint import recolor, wall_probability
-from .report import save_figure, plot_predictions, plot_recolored, write_report
-from ..shell import CommandParser, at_least
+from .paint import is_wall, recolor, wall_probability
+from .pictures import open_photo, open_upright
+from .report import in_words, plot_predictions, plot_recolored, save_figure, write_report
+from .run import Tries, ran_away, train_walls, write_whole
+from ..shell import CommandParser, Failed, NotWritten, at_least, check_folder, in_one_sentence, reason, uninterrupted, whole_file
 from .rooms import make_rooms
 
 # %% ../../nbs/api/walls/commands.ipynb #8bd2b1e4
@@ -57,9 +59,12 @@ def _walls_parser():
     p = CommandParser(prog='selfattn-walls', description="Train a U-Net with self-attention to find the walls in pictures of rooms, "
                 "and write a folder with the model, figures and pictures.")
     p.add_argument('--data', type=Path, metavar='DIR',
-                   help="folder with images/ and masks/, matched by file stem; rooms are made if not given")
+                   help="folder with images/ and masks/ (or labels/, annotations/), matched by file stem; rooms are made if not given")
     p.add_argument('--wall-code', type=at_least(0), metavar='N',
-                   help="mask value that means wall (any value but 0 if not given), with --data")
+                   help="mask value that means wall (the only one but 0 if not given), with --data")
+    p.add_argument('--ignore', type=at_least(0), metavar='N',
+                   help="mask value that means not labelled, such as 255: no part of the loss and the figures, with --data")
+    p.add_argument('--mask-suffix', metavar='TEXT', help="what masks have after the stem, such as _P in CamVid, with --data")
     p.add_argument('--n-rooms', type=at_least(4), metavar='N', help=f"rooms to make, without --data ({_N_ROOMS})")
     p.add_argument('--size', type=at_least(32), default=96, metavar='PIXELS', help="side that pictures are squeezed to (%(default)s)")
     p.add_argument('--epochs', type=at_least(1), default=12, metavar='N', help="times to go through the training pictures (%(default)s)")
@@ -80,36 +85,69 @@ def _walls_args(argv):
     p = _walls_parser()
     args = p.parse_args(argv)
     if args.data and args.n_rooms: p.error("--n-rooms is for the rooms that are made without --data: give one of the two")
-    if args.wall_code is not None and not args.data: p.error("--wall-code is for the masks of --data, which is not given")
+    for option,given in (('--wall-code',args.wall_code),('--ignore',args.ignore),('--mask-suffix',args.mask_suffix)):
+        if given is not None and not args.data: p.error(f"{option} is for the masks of --data, which is not given")
+    if args.ignore is not None and args.ignore == args.wall_code: p.error("--ignore and --wall-code are the same: give two")
     if args.no_attention and args.gamma: p.error("--gamma is for attention, which --no-attention leaves out: give one of the two")
     if not args.data: args.n_rooms = args.n_rooms or _N_ROOMS
     return args
 
 # %% ../../nbs/api/walls/commands.ipynb #2d25b226
+def _make(path):
+    "Make a folder; those that were missing, the innermost first"
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True)
+    return missing
+
+@contextmanager
 def _new_folder(out):
-    "Make the run folder, the next free `walls-run-N` if `out` is None"
-    n = 1
-    while True:
-        path = out or Path(f'walls-run-{n}')
-        try: path.mkdir(parents=True)
+    "A new run folder, the next free `walls-run-N` if `out` is None; if the block fails, it is gone again"
+    free = (Path(f'walls-run-{i}') for i in count(1))
+    path,made = out or next(free),[]
+    while not made:
+        try: made = _make(path)
         except FileExistsError as e:
             if out: raise ValueError(f"--out {out} exists: results are never written over others, name a new folder") from e
-            n += 1
-        except OSError as e: raise ValueError(f"cannot make --out {path}: {e.strerror}") from e
-        else: return path
+            path = next(free)
+        except OSError as e: raise ValueError(f"cannot make --out {path}: {reason(e)}") from e
+    try: yield path
+    except BaseException:
+        with uninterrupted(): _unmake(*made)
+        raise
 
-def _first_line(e): return str(e).splitlines()[0] if str(e) else type(e).__name__
+def _unmake(path, *parents):
+    shutil.rmtree(path, ignore_errors=True)
+    for p in parents:
+        try: p.rmdir()
+        except OSError: return     # something else is in it by now
+
+# %% ../../nbs/api/walls/commands.ipynb #3aa8e8d5
+def _how(args):
+    "How masks are read"
+    return dict(code=args.wall_code, ignore=args.ignore, suffix=args.mask_suffix or '')
+
+def _make_items(args, out):
+    try: return wall_items(make_rooms(out/'rooms', args.n_rooms, args.size, args.seed))
+    except OSError as e: raise Failed(f"cannot write the rooms to {out/'rooms'}: {reason(e)}") from e
 
 def _prepare(args, arch, items, out):
     "Learner and test items of a run, all that can still fail before training"
-    if items is None: items = wall_items(make_rooms(out/'rooms', args.n_rooms, args.size, args.seed))
+    if items is None: items = _make_items(args, out)
     train,valid,test = split_walls(items, args.seed)
     set_seed(args.seed)     # before the `DataLoaders`, which draw the order of their batches from it
-    dls = wall_dls(train, valid, args.size, args.bs, args.wall_code)
+    dls = wall_dls(train, valid, args.size, args.bs, **_how(args))
     given = {} if args.no_attention else dict(gamma=args.gamma)
     try: learn = wall_learner(dls, arch, self_attention=not args.no_attention, pretrained=args.pretrained, path=out, **given)
-    except Exception as e: raise ValueError(f"no U-Net on --arch {args.arch}: {_first_line(e)}") from e
+    except OSError: raise     # of a standard output that fails
+    except Exception as e: raise ValueError(f"no U-Net on --arch {args.arch}: {reason(e)}") from e
     return learn,test
+
+def _prepared(args):
+    "As `_prepare`, in a new folder; whatever fails leaves nothing"
+    try:
+        arch,items = _find_arch(args.arch),wall_items(args.data, **_how(args)) if args.data else None
+        with _new_folder(args.out) as out: return _prepare(args, arch, items, out)
+    except ValueError as e: raise Failed(str(e), 2) from e
 
 # %% ../../nbs/api/walls/commands.ipynb #1bf36d4b
 def _effect(learn, test):
@@ -118,47 +156,57 @@ def _effect(learn, test):
     on,*others = [f'{dice:.3f} ({way})' for way,dice in effect.table['dice'].items()]
     return f"Dice {on}, {', '.join(others)}: {change_in_words(max(effect.changes.values()))}"
 
-def _finish(learn, test, args, before):
-    "Write pictures, model and report; print the end of the run; `before` is a copy of the model from before training"
-    out,gammas = learn.path,{n:m.gamma.item() for n,m in attention_layers(learn.model).items()}
-    figures,effect = evaluate_walls(learn, test),_effect(learn, test) if gammas else ''
-    save_figure(plot_predictions(learn, test[:5], args.wall_code), out/'predictions.png')
-    save_figure(plot_recolored(learn, test[:4]), out/'recolored.png')
-    if gammas:
-        save_figure(learn.plot_gamma(), out/'gamma.png')
-        save_figure(learn.show_attention(test[:3]), out/'attention.png')
-        attention_explorer(learn, test[:4], out/'explorer.html', others={'before training':before}, label='after training',
-                           title='What the wall finder attends to')
-    learn.export()
-    write_report(out, figures, gammas, {f"--{k.replace('_','-')}":v for k,v in vars(args).items() if v is not None}, effect)
-    print(f"\ntest Dice {figures['dice']:.3f} (calling everything wall: {figures['all_wall_dice']:.3f}), "
-          f"wall IoU {figures['wall_iou']:.3f}")
-    for name,g in gammas.items(): print(f"gamma {g:.4f} ({name})")
-    if effect: print(effect)
-    print(f"results: {out}, start with {out/'report.md'}\n"
-          f'on your own photo: selfattn-recolor --model {shlex.quote(str(out/"export.pkl"))} --color "#7aa6c2" photo.jpg')
+def _pictures(learn, test, how, before):
+    "File name -> function that draws it into a file; `before` is a copy of the model from before training"
+    yield 'predictions.png',lambda f: save_figure(plot_predictions(learn, test[:5], **how), f)
+    yield 'recolored.png',lambda f: save_figure(plot_recolored(learn, test[:4]), f)
+    if not attention_layers(learn.model): return
+    yield 'gamma.png',lambda f: save_figure(learn.plot_gamma(), f)
+    yield 'attention.png',lambda f: save_figure(learn.show_attention(test[:3]), f)
+    yield 'explorer.html',lambda f: attention_explorer(learn, test[:4], f, others={'before training':before}, label='after training',
+                                                      title='What the wall finder attends to')
+
+def _finish(learn, test, args, before, failed):
+    "Measure, draw and report; what came of the run in words, and what failed (`failed` and more): name -> exception"
+    out,tries = learn.path,Tries()
+    gammas = {n:m.gamma.item() for n,m in attention_layers(learn.model).items()}
+    figures = tries('figures', evaluate_walls, learn, test) or {}
+    effect = tries('effect of attention', _effect, learn, test) if gammas else ''
+    for name,draw in _pictures(learn, test, _how(args), before): tries(name, write_whole, out/name, draw)
+    settings = {f"--{k.replace('_','-')}":v for k,v in vars(args).items() if v is not None}
+    said = figures,gammas,effect or '',ran_away(learn)
+    tries('report.md', write_report, out, *said[:2], settings, *said[2:], failed|tries.failed)
+    return in_words(*said),failed|tries.failed
 
 # %% ../../nbs/api/walls/commands.ipynb #c95a1241
+def _to_user(out, model, said, failed):
+    "Print the end of a run; `Failed` if the disk did not take all of it"
+    print('\n'+said)
+    for name,e in failed.items():
+        if not isinstance(e, OSError): print(f"no {name}: {reason(e)}")
+    print(f"results: {out}" + (f", start with {out/'report.md'}" if 'report.md' not in failed else '') +
+          f'\non your own photo: selfattn-recolor --model {shlex.quote(str(model))} --color "#7aa6c2" photo.jpg', flush=True)
+    lost = {n:e for n,e in failed.items() if isinstance(e, OSError)}
+    if lost: raise Failed(f"cannot write {', '.join(lost)} to {out}: {reason(next(iter(lost.values())))}; the model is {model}")
+
+def _what_is_there(out):
+    files = {'model':out/'export.pkl', 'table':out/'table.csv'}
+    return ', '.join(f'the {what} is {f}' for what,f in files.items() if f.exists()) or f'nothing is in {out} yet'
+
+@in_one_sentence('selfattn-walls')
 def walls_main(
     argv:Sequence[str]=None, # arguments, those of the shell if None
-)->int: # exit status: 0 done, 2 bad input, 130 stopped by Ctrl-C
+)->int: # exit status: 0 done, 1 something could not be written, 2 bad input, 130 stopped by Ctrl-C
     "The command `selfattn-walls`"
-    args,out = _walls_args(argv),None
-    try:
-        arch,items = _find_arch(args.arch),wall_items(args.data, args.wall_code) if args.data else None
-        out = _new_folder(args.out)
-        learn,test = _prepare(args, arch, items, out)
-    except (ValueError,KeyboardInterrupt) as e:
-        if out: shutil.rmtree(out)
-        print(f"selfattn-walls: {e or 'stopped'}", file=sys.stderr)
-        return 2 if isinstance(e, ValueError) else 130
+    args = _walls_args(argv)
+    learn,test = _prepared(args)
     try:
         before = copy.deepcopy(learn.model)
-        learn.fit_one_cycle(args.epochs, args.lr, cbs=CSVLogger('table.csv'))
-        _finish(learn, test, args, before)
-    except KeyboardInterrupt:
-        print(f"\nstopped; the table so far is in {out/'table.csv'}", file=sys.stderr)
-        return 130
+        model,failed = train_walls(learn, args.epochs, args.lr)
+        said,failed = _finish(learn, test, args, before, failed)
+    except KeyboardInterrupt as e: raise Failed(f"stopped; {_what_is_there(learn.path)}", 130) from e
+    try: _to_user(learn.path, model, said, failed)
+    except OSError as e: raise Failed(f"cannot write to the standard output: {reason(e)}; the model is {model}") from e
     return 0
 
 # %% ../../nbs/api/walls/commands.ipynb #230b3456
@@ -178,15 +226,18 @@ def _rgb_hex(color):
     try: return '{:02x}{:02x}{:02x}'.format(*ImageColor.getrgb(color)[:3])
     except ValueError as e: raise ValueError(f"unknown --color {color}: give #rrggbb, such as '#7aa6c2', or a name such as teal") from e
 
+# %% ../../nbs/api/walls/commands.ipynb #fa5e867a
 def _targets(args):
     "New file (and mask file) for each photo; raise before anything is written"
     names,taken = [],{}
     for f in args.photos:
         open_photo(f)
-        suffix = f.suffix if f.suffix.lower() in ('.jpg','.jpeg','.png','.webp','.tif','.tiff') else '.png'
+        suffix = f.suffix if f.suffix.lower() in (*_jpegs,*_keeps_alpha) else '.png'
         new = [args.out/f'{f.stem}-{_rgb_hex(args.color)}{suffix}'] + [args.out/f'{f.stem}-mask.png']*args.mask
         for t in new:
             if t in taken: raise ValueError(f"{taken[t]} and {f} would both be written to {t}: do them in two calls with different --out")
+            if any(t.exists() and p.exists() and t.samefile(p) for p in (*args.photos, args.model)):
+                raise ValueError(f"the new picture of {f} would be written over {t}, which is given too: use another --out")
             if t.exists() and not args.overwrite: raise ValueError(f"{t} exists: use --overwrite to replace it, or another --out")
             taken[t] = f
         names.append(new)
@@ -197,34 +248,54 @@ def _load(file):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try: learn = load_learner(file)
-        except Exception as e: raise ValueError(f"{file} is not an exported Learner: {_first_line(e)}") from e
+        except Exception as e: raise ValueError(f"{file} is not an exported Learner: {reason(e)}") from e
     if not isinstance(learn, Learner): raise ValueError(f"{file} is not an exported Learner but holds a {type(learn).__name__}")
     return learn
 
-def _keep(file):
-    "What to hand to `save` so that a new picture keeps the profile, and the EXIF notes but for the orientation, of `file`"
-    with Image.open(file) as img:
-        exif,profile = ImageOps.exif_transpose(img).getexif(),img.info.get('icc_profile')
-        return dict(quality=95) | ({'exif':exif} if len(exif) else {}) | ({'icc_profile':profile} if profile and img.mode == 'RGB' else {})
+_keeps_alpha = '.png','.webp','.tif','.tiff'
+_jpegs = '.jpg','.jpeg'
 
-# %% ../../nbs/api/walls/commands.ipynb #82c0629b
+def _options(photo, suffix):
+    "What to hand to `save` so that a new picture keeps the profile, and the EXIF notes but for the orientation, of a photo as stored"
+    exif,profile = photo.getexif(),photo.info.get('icc_profile')
+    keep = {'icc_profile':profile if photo.mode in ('RGB','RGBA') else None}
+    if suffix in (*_jpegs,'.webp'): keep['quality'] = 95
+    if suffix in ('.tif','.tiff'): return keep | {'compression':'tiff_deflate'}     # its tags describe the old file
+    return keep | ({'exif':exif} if len(exif) else {})
+
+# %% ../../nbs/api/walls/commands.ipynb #91c4d334
+def _repaint(learn, file, targets, color):
+    "Write the new picture of a photo and, where there is a second target, its mask: both or none; what was done, in words"
+    stored,suffix = open_upright(file),targets[0].suffix.lower()
+    photo = open_photo(stored, alpha=suffix in _keeps_alpha)
+    prob = wall_probability(learn, photo)
+    wall = is_wall(prob)
+    with ExitStack() as stack:
+        new,*mask = [stack.enter_context(whole_file(t)) for t in targets]
+        if not wall.any() and file.suffix == targets[0].suffix: shutil.copyfile(file, new)
+        else: recolor(photo, prob, color).save(new, **_options(stored, suffix))
+        for m in mask: Image.fromarray(np.uint8(255*wall.numpy())).save(m)
+    return f"{targets[0]}: {_share(wall)}"
+
+def _share(wall):
+    share = wall.float().mean().item()
+    if not share: return "no wall found, picture unchanged"
+    return f"{share:.0%} wall" if share >= .005 else "less than 1% wall"
+
+@in_one_sentence('selfattn-recolor')
 def recolor_main(
     argv:Sequence[str]=None, # arguments, those of the shell if None
-)->int: # exit status: 0 done, 2 bad input
+)->int: # exit status: 0 done, 1 a photo could not be done or written, 2 bad input, 130 stopped by Ctrl-C
     "The command `selfattn-recolor`"
-    args = _recolor_parser().parse_args(argv)
+    args,failed = _recolor_parser().parse_args(argv),{}
     try:
         targets,learn = _targets(args),_load(args.model)
-        try: args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise ValueError(f"cannot make --out {args.out}: {e.strerror}") from e
-    except ValueError as e:
-        print(f"selfattn-recolor: {e}", file=sys.stderr)
-        return 2
-    for f,(new,*mask) in zip(args.photos, targets):
-        photo = open_photo(f)
-        prob = wall_probability(learn, photo)
-        recolor(photo, prob, args.color).save(new, **_keep(f))
-        for m in mask: Image.fromarray(np.uint8(255*(prob.numpy() > .5))).save(m)
-        share = (prob > .5).float().mean().item()
-        print(f"{new}: " + (f"{share:.0%} wall" if share else "no wall found, picture unchanged"))
+        check_folder(args.out)
+    except ValueError as e: raise Failed(str(e), 2) from e
+    for f,new in zip(args.photos, targets):
+        try: said = _repaint(learn, f, new, args.color)
+        except NotWritten as e: failed[f] = str(e)
+        except Exception as e: failed[f] = f'cannot repaint {f}: {reason(e)}'     # the others are done all the same
+        else: print(said)
+    if failed: raise Failed('; '.join(failed.values()))
     return 0
