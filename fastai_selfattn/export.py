@@ -27,7 +27,8 @@ from torch.export import Dim, ExportedProgram
 
 from . import __version__
 from .attention.norms import bake, normed
-from .quiet import bare_model, check_whole, one_batch, whole_file
+from .files import whole_file
+from .quiet import bare_model, check_whole, one_batch
 
 # %% ../nbs/api/export.ipynb #764cd3dd
 def _without_tensor_base(model):

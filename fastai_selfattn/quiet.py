@@ -8,16 +8,12 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/quiet.html.md"""
 __all__ = []
 
 # %% ../nbs/api/quiet.ipynb #77ddd709
-import os
 import random
-import secrets
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from numbers import Integral
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -247,21 +243,6 @@ def one_batch(
     "A batch of `dls`, of validation if there is any, without changing what is drawn next"
     got = first_batches(dls)
     return got and (got[0][0],got[1])
-
-# %% ../nbs/api/quiet.ipynb #69c219fc
-@contextmanager
-def whole_file(
-    path:str|Path, # the file to make, in the place of one that is there
-)->Iterator[Path]: # a temporary name to write to
-    "What was written inside the `with` block becomes `path`; if that fails, nothing has changed; `FileNotFoundError` without its folder"
-    path = Path(os.path.realpath(path))     # a link stays a link
-    if not path.parent.is_dir(): raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into: make it first")
-    tmp = path.with_name(f'.{secrets.token_hex(8)}{path.suffix}')     # some writers look at how a name ends
-    try:
-        yield tmp
-        if path.exists(): shutil.copymode(path, tmp)
-        tmp.replace(path)
-    finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/api/quiet.ipynb #8643f36e
 def first_tensor(

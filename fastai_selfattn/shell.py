@@ -12,17 +12,16 @@ import argparse
 import errno
 import math
 import os
-import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from itertools import count
 from pathlib import Path
 
-from . import __version__
+from . import __version__, files
+from .files import remove_quietly
 
 # %% ../nbs/api/shell.ipynb #15c1fbd8
 class CommandParser(argparse.ArgumentParser):
@@ -64,32 +63,18 @@ def reason(
     text = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
     return text.strip().splitlines()[0] if text.strip() else type(e).__name__
 
-def remove_quietly(
-    file:Path, # that may be there
-):
-    "Remove a file; where that fails there is nothing better to do"
-    try: file.unlink(missing_ok=True)
-    except OSError: pass
-
 class NotWritten(OSError):
     "A file could not be written; it is as it was before"
     def __str__(self): return f'cannot write {self.filename}: {self.strerror}'
 
-_number = count()     # several files may be under way at once
-
 @contextmanager
 def whole_file(
     file:Path, # to be written, over one that is there
-)->Iterator[Path]: # the name to write to, in the same folder and with the same ending
-    "A file that is there when the block has ended well, and as it was before if not; `NotWritten` if the disk does not take it"
-    file = Path(os.path.realpath(file))     # a link stays a link
-    tmp = file.with_name(f'.unfinished-{os.getpid()}-{next(_number)}{file.suffix}')
+)->Iterator[Path]: # the name to write to
+    "`files.whole_file` of a command: `NotWritten` if the disk does not take it"
     try:
-        yield tmp
-        if file.exists(): shutil.copymode(file, tmp)
-        tmp.replace(file)
+        with files.whole_file(file) as new: yield new
     except OSError as e: raise NotWritten(e.errno or errno.EIO, reason(e), str(file)) from e
-    finally: remove_quietly(tmp)
 
 # %% ../nbs/api/shell.ipynb #b4669951
 def check_folder(

@@ -10,7 +10,6 @@ __all__ = ['save_attention', 'load_attention']
 # %% ../../nbs/api/placement/keep.ipynb #20491cf6
 import inspect
 import json
-import os
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -26,7 +25,8 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..attention import kinds
-from .insert import Place, _put, _remember, _report
+from ..files import whole_file
+from .insert import _put, _remember, _report
 from .optim import inserted_layers, watch
 from .sites import Site
 from .skips import let_go, unets
@@ -121,11 +121,7 @@ def save_attention(
     tensors = {f'{path}.{n}':t.detach().cpu().clone().contiguous() for path,l in layers.items() for n,t in l.state_dict().items()}
     data,fname = save(tensors, {'fastai_selfattn':json.dumps(about)}),Path(fname)
     if not fname.suffix: fname = fname.with_suffix('.safetensors')
-    part = fname.with_name(f'{fname.name}.{os.getpid()}.part')     # a full disk must not cost the file of before
-    try:
-        part.write_bytes(data)
-        part.replace(fname)
-    finally: part.unlink(missing_ok=True)
+    with whole_file(fname) as new: new.write_bytes(data)
     return fname
 
 # %% ../../nbs/api/placement/keep.ipynb #a7bdcd48

@@ -24,7 +24,8 @@ from PIL import Image
 from fastai.learner import Learner
 from torch import nn
 
-from ..quiet import eval_mode, whole_file
+from ..files import whole_file
+from ..quiet import eval_mode
 from .pictures import pictures
 from .record import AttentionRecorder
 

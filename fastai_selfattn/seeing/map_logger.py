@@ -29,7 +29,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..attention.kinds import attention_layers, choose_layers
-from ..quiet import bare_model, check_whole, eval_mode, random_kept, whole_file
+from ..files import whole_file
+from ..quiet import bare_model, check_whole, eval_mode, random_kept
 from .gamma_logger import GammaLogger, mend_wandb, warn_once
 from .pictures import pictures
 from .plot import plot_attention, show_attention, show_attention_growth
