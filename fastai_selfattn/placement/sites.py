@@ -43,6 +43,8 @@ class Site(NamedTuple):
     dtype:torch.dtype=torch.float32    # of the map
     device:torch.device=torch.device('cpu')     # of the map
     price:Price|None=None       # of the layer that would go here; None for a `SelfAttention` with its default options
+    axis:int=1                  # the side on which the channels are; most modules have them on 1, (bs, c, ...)
+    turns:bool=False            # whether the channels of what goes in are on another side
 
     @property
     def n(self)->int: return math.prod(self.map)                     # pixels of the map
@@ -63,6 +65,7 @@ class Site(NamedTuple):
     def note(self)->str:
         "What the table says beside the numbers"
         said = [self.reason or self.cost.unfit, self.has and f'has {self.has}', self.is_fastais and "fastai's own place"]
+        if self.axis > 1 and not self.reason: said.append('channels last' if self.axis == len(self.map)+1 else f'channels on side {self.axis}')
         return '; '.join(filter(None, [*said, self.calls > 1 and f'called {self.calls} times']))
 
 # %% ../../nbs/api/placement/sites.ipynb #8d6f5f83
@@ -71,6 +74,8 @@ def _reason(calls, nd):
     c = calls[-1]
     if not c.out: return f'gives {c.kind}, not a map'
     if len(c.shape) != nd+2: return f'gives {c.shape}, not a map of {nd} dimension' + 's'*(nd > 1)
+    if c.sides[0]: return f'gives {c.as_is}, where side {c.sides[0]} is the batch'
+    if len({o.sides for o in calls}) > 1: return f'called {len(calls)} times, with the channels on several sides'
     channels = sorted({c.shape[1] for c in calls if c.shape[1:]})
     if len(channels) > 1: return f"called {len(calls)} times, with {', '.join(map(str, channels))} channels"
     if math.prod(c.shape[2:]) < 2: return 'one pixel: nothing to attend to'
@@ -85,7 +90,8 @@ def _site(path, calls, attention, nd, layers=()):
     channels,size = (c.shape[1],c.shape[2:]) if len(c.shape) == nd+2 else (0,())
     around = next((f'part of the attention layer {a}' for a in layers if path.startswith(f'{a}.')), '')
     return Site(path, path, channels, size, into=c.into_shape[1:] if c.into else (), calls=len(cs), has=attention.get(c.out, ''),
-                reason=around or _reason(cs, nd), number=c.out, dtype=c.like.dtype, device=c.like.device)
+                reason=around or _reason(cs, nd), number=c.out, dtype=c.like.dtype, device=c.like.device,
+                axis=c.sides[1], turns=c.turns)
 
 # %% ../../nbs/api/placement/sites.ipynb #fc1c4d9f
 def _is_whole(path, calls, nd):

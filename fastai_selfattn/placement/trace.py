@@ -19,6 +19,7 @@ from fastai.data.load import DataLoader
 from torch import Tensor, nn
 
 from fastai_selfattn.attention.kinds import is_attention
+from fastai_selfattn.placement.axes import Axes
 from fastai_selfattn.quiet import one_batch, undisturbed
 
 # %% ../../nbs/api/placement/trace.ipynb #b5718493
@@ -32,36 +33,58 @@ def _numbers():
         return n
     return number
 
+def _as_map(shape, sides):
+    "`shape` as (bs, channels, ...), where `sides` says where these two are; as it is, where that is not known"
+    if not sides or len(shape) < 3: return shape
+    return *(shape[i] for i in sides),*(s for i,s in enumerate(shape) if i not in sides)
+
 class Call(NamedTuple):
     "One call of a module: what went in, if it was one tensor, and what came out"
     into:int             # number of the tensor that went in, 0 if it was not one tensor
-    into_shape:tuple
+    into_as_is:tuple     # its shape
+    into_cell:list       # where its batch and channels are, as `Axes` has it
     out:int              # number of the tensor that came out, 0 if it was something else
-    shape:tuple
+    as_is:tuple          # its shape
+    cell:list            # where its batch and channels are
     kind:str             # what came out: the name of its type
     like:Tensor          # an empty tensor with dtype and device of what came out
 
+    @property
+    def into_shape(self)->tuple: return _as_map(self.into_as_is, self.into_cell[0])     # (bs, channels, ...)
+    @property
+    def shape(self)->tuple: return _as_map(self.as_is, self.cell[0])
+    @property
+    def sides(self)->tuple: return self.cell[0] or (0,1)
+    @property
+    def turns(self)->bool: return (self.into_cell[0] or self.sides) != self.sides       # whether channels go in on another side
+
 # %% ../../nbs/api/placement/trace.ipynb #b34a4b0f
+def _call(number, axes, entered, out):
+    "The `Call` of a module that `entered` (number, tensor) and gave `out`"
+    n,x = entered
+    cell_in,cell = (axes.cell(t) if isinstance(t, Tensor) else [None] for t in (x,out))
+    if not isinstance(out, Tensor): return Call(n, () if x is None else tuple(x.shape), cell_in, 0, (), cell, type(out).__name__, torch.empty(0))
+    if not cell[0] and x is not None and x.shape == out.shape: cell[0] = cell_in[0]     # a function that nobody could look into
+    return Call(n, () if x is None else tuple(x.shape), cell_in, number(out), tuple(out.shape), cell, type(out).__name__, out.new_empty(0))
+
 def trace(model, args):
     "Run `model` once: the calls of each module by path, as they ended, and the class of the attention layer next to a map, by its number"
-    number,calls,entered,attention,handles = _numbers(),{},{},{},[]
+    number,axes,calls,entered,attention,handles = _numbers(),Axes(),{},{},{},[]
     def before(path):
         def hook(module, args, kwargs):
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            entered[path] = (number(tensors[0]),tuple(tensors[0].shape)) if len(tensors) == 1 else (0,())
+            entered[path] = (number(tensors[0]),tensors[0]) if len(tensors) == 1 else (0,None)
         return hook
     def after(path):
         def hook(module, args, out):
-            is_tensor = isinstance(out, Tensor)
-            call = Call(*entered[path], number(out) if is_tensor else 0, tuple(out.shape) if is_tensor else (), type(out).__name__,
-                         out.new_empty(0) if is_tensor else torch.empty(0))
+            call = _call(number, axes, entered.pop(path), out)
             if is_attention(module): attention.update(dict.fromkeys((n for n in (call.into,call.out) if n), type(module).__name__))
             calls.setdefault(path, []).append(call)
         return hook
     try:
         for path,m in model.named_modules():
             handles += [m.register_forward_pre_hook(before(path), with_kwargs=True), m.register_forward_hook(after(path))]
-        with undisturbed(model): model(*args)
+        with undisturbed(model), axes: model(*args)
     finally:
         for h in handles: h.remove()
     return calls,attention
