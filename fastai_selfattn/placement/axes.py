@@ -7,15 +7,17 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/placement/axes.html.
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/placement/axes.ipynb #33f6798e
+# %% ../../nbs/api/placement/axes.ipynb #5591e030
+import math
 import weakref
+from typing import NamedTuple
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# %% ../../nbs/api/placement/axes.ipynb #b4683579
+# %% ../../nbs/api/placement/axes.ipynb #c6029fed
 _dims = '1d','2d','3d'
 _makes_second = {f'{conv}{d}' for conv in ('conv','conv_transpose') for d in _dims} | {'fold'}
 _pools = {f'{how}_pool{d}' for how in ('max','avg','lp','adaptive_max','adaptive_avg') for d in _dims}
@@ -32,23 +34,41 @@ def _name(func):
     name = getattr(func, '__name__', '')
     return getattr(func.__self__, '__name__', name) if name == '__get__' else name
 
-# %% ../../nbs/api/placement/axes.ipynb #adc80f9d
+# %% ../../nbs/api/placement/axes.ipynb #d8807051
+class Sides(NamedTuple):
+    "Where batch and channels are in a tensor"
+    batch:int
+    channels:int
+    whole:tuple=()     # size of the map, if what follows was made of a map by cutting it
+
+    def map(self, shape)->tuple: return tuple(s for i,s in enumerate(shape) if i not in self[:2])     # all other sides
+
+    def parts_of(self, shape)->tuple:
+        "Size of the map of which the tensor of this `shape` holds the parts, side by side; empty if it holds a whole map"
+        n = math.prod(self.map(shape))*shape[self.batch]
+        return self.whole if self.whole != self.map(shape) and math.prod(self.whole) == n else ()
+
+# %% ../../nbs/api/placement/axes.ipynb #0df5d53e
 def _turned(func, x, args, kwargs, sides):
     "Where `sides` of `x` are after `func`, of whose arguments it is one"
     probe = torch.empty([i+2 for i in range(x.dim())], device='meta')
     def put(a): return probe if a is x else a
     shape = list(func(*map(put, args), **{k:put(a) for k,a in kwargs.items()}).shape)
-    return tuple(shape.index(side+2) for side in sides)
+    return sides._replace(batch=shape.index(sides.batch+2), channels=shape.index(sides.channels+2))
 
-# %% ../../nbs/api/placement/axes.ipynb #e47203c8
+# %% ../../nbs/api/placement/axes.ipynb #3564d7fc
 def _reshaped(before, after, sides):
-    "Where `sides` (batch, channels) of the shape `before` are in the shape `after`; None if that cannot be told"
-    bs,c = sides
-    if before[:c+1] == after[:c+1] and bs < c: return sides
+    "The sides of a tensor of shape `before` in the shape `after`; None if that cannot be told"
+    bs,c = sides[:2]
     c_new = c - len(before) + len(after)
-    return (0,c_new) if bs == 0 and c_new > 0 and before[c:] == after[c_new:] else None
+    if before[:c+1] == after[:c+1] and bs < c: new = sides
+    elif bs == 0 and c_new > 0 and before[c:] == after[c_new:]: new = sides._replace(channels=c_new)
+    else: return None
+    was,now = sides.map(before),new.map(after)
+    is_cut = len(now) > len(was) > 1
+    return new._replace(whole=sides.map(before)) if is_cut and not sides.whole else new
 
-# %% ../../nbs/api/placement/axes.ipynb #bb62532a
+# %% ../../nbs/api/placement/axes.ipynb #f524fab4
 def _tensors(args):
     "The tensors in `args`, and in lists and tuples there"
     for a in args:
@@ -63,7 +83,7 @@ class Axes(TorchFunctionMode):
 
     def cell(self,
         t:Tensor # that exists
-    )->list: # of one: the sides (batch, channels), or None where it is not known (yet)
+    )->list: # of one: its `Sides`, or None where it is not known (yet)
         "What is known of `t`"
         ref,cell = self.seen.get(id(t), (lambda: None,None))
         if ref() is not t: self.seen[id(t)] = weakref.ref(t),(cell := [None])
@@ -75,7 +95,7 @@ class Axes(TorchFunctionMode):
         for t in _tensors([out]): self._follow(func, args, kwargs, t)
         return out
 
-# %% ../../nbs/api/placement/axes.ipynb #b417dd55
+# %% ../../nbs/api/placement/axes.ipynb #e98111cf
 def _rule(name, ins, out):
     "Which of the rules holds for the operation `name`, which made `out` of `ins`"
     x = ins[0]
@@ -94,10 +114,10 @@ def _follow(self:Axes, func, args, kwargs, out):
     if cell[0] or not ins or min(ins[0].dim(), out.dim()) < 2: return
     x,rule = ins[0],_rule(_name(func), ins, out)
     known = self.cell(x)
-    if not known[0] and x.dim() > 2: known[0] = {'makes second':(0,1), 'second':(0,1), 'last':(0,x.dim()-1)}.get(rule)
+    if not known[0] and x.dim() > 2: known[0] = {'makes second':Sides(0,1), 'second':Sides(0,1), 'last':Sides(0,x.dim()-1)}.get(rule)
     handed_on = next((self.cell(t)[0] for t in ins if t.dim() == out.dim() and self.cell(t)[0]), None)
-    if rule == 'makes second': cell[0] = (0,1)
-    elif rule == 'makes last': cell[0] = (0,out.dim()-1)
+    if rule == 'makes second': cell[0] = Sides(0,1)
+    elif rule == 'makes last': cell[0] = Sides(0,out.dim()-1)
     elif rule == 'turned': cell[0] = known[0] and _turned(func, x, args, kwargs, known[0])
     elif rule == 'reshaped': cell[0] = known[0] and _reshaped(tuple(x.shape), tuple(out.shape), known[0])
     elif rule != 'lost': cell[0] = handed_on

@@ -73,9 +73,11 @@ def _reason(calls, nd):
     "Why no attention fits behind a module with these `calls`, in a model whose images have `nd` dimensions; empty if it does"
     c = calls[-1]
     if not c.out: return f'gives {c.kind}, not a map'
-    if len(c.shape) != nd+2: return f'gives {c.shape}, not a map of {nd} dimension' + 's'*(nd > 1)
-    if c.sides[0]: return f'gives {c.as_is}, where side {c.sides[0]} is the batch'
-    if len({o.sides for o in calls}) > 1: return f'called {len(calls)} times, with the channels on several sides'
+    if len(c.shape) != nd+2: return f'gives {c.as_is}, not a map of {nd} dimension' + 's'*(nd > 1)
+    if c.sides.batch: return f'gives {c.as_is}, where side {c.sides.batch} is the batch'
+    whole = c.sides.parts_of(c.as_is)
+    if whole: return f"gives {c.as_is}, parts of a map of {'x'.join(map(str, whole))}"
+    if len({o.sides[:2] for o in calls}) > 1: return f'called {len(calls)} times, with the channels on several sides'
     channels = sorted({c.shape[1] for c in calls if c.shape[1:]})
     if len(channels) > 1: return f"called {len(calls)} times, with {', '.join(map(str, channels))} channels"
     if math.prod(c.shape[2:]) < 2: return 'one pixel: nothing to attend to'
@@ -91,7 +93,7 @@ def _site(path, calls, attention, nd, layers=()):
     around = next((f'part of the attention layer {a}' for a in layers if path.startswith(f'{a}.')), '')
     return Site(path, path, channels, size, into=c.into_shape[1:] if c.into else (), calls=len(cs), has=attention.get(c.out, ''),
                 reason=around or _reason(cs, nd), number=c.out, dtype=c.like.dtype, device=c.like.device,
-                axis=c.sides[1], turns=c.turns)
+                axis=c.sides.channels, turns=c.turns)
 
 # %% ../../nbs/api/placement/sites.ipynb #fc1c4d9f
 def _is_whole(path, calls, nd):

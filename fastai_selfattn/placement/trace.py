@@ -19,7 +19,7 @@ from fastai.data.load import DataLoader
 from torch import Tensor, nn
 
 from fastai_selfattn.attention.kinds import is_attention
-from fastai_selfattn.placement.axes import Axes
+from fastai_selfattn.placement.axes import Axes, Sides
 from fastai_selfattn.quiet import one_batch, undisturbed
 
 # %% ../../nbs/api/placement/trace.ipynb #b5718493
@@ -35,8 +35,7 @@ def _numbers():
 
 def _as_map(shape, sides):
     "`shape` as (bs, channels, ...), where `sides` says where these two are; as it is, where that is not known"
-    if not sides or len(shape) < 3: return shape
-    return *(shape[i] for i in sides),*(s for i,s in enumerate(shape) if i not in sides)
+    return (*(shape[i] for i in sides[:2]),*sides.map(shape)) if sides and len(shape) > 2 else shape
 
 class Call(NamedTuple):
     "One call of a module: what went in, if it was one tensor, and what came out"
@@ -54,9 +53,9 @@ class Call(NamedTuple):
     @property
     def shape(self)->tuple: return _as_map(self.as_is, self.cell[0])
     @property
-    def sides(self)->tuple: return self.cell[0] or (0,1)
+    def sides(self)->Sides: return self.cell[0] or Sides(0,1)
     @property
-    def turns(self)->bool: return (self.into_cell[0] or self.sides) != self.sides       # whether channels go in on another side
+    def turns(self)->bool: return (self.into_cell[0] or self.sides)[:2] != self.sides[:2]     # whether channels go in on another side
 
 # %% ../../nbs/api/placement/trace.ipynb #b34a4b0f
 def _call(number, axes, entered, out):
@@ -64,7 +63,9 @@ def _call(number, axes, entered, out):
     n,x = entered
     cell_in,cell = (axes.cell(t) if isinstance(t, Tensor) else [None] for t in (x,out))
     if not isinstance(out, Tensor): return Call(n, () if x is None else tuple(x.shape), cell_in, 0, (), cell, type(out).__name__, torch.empty(0))
-    if not cell[0] and x is not None and x.shape == out.shape: cell[0] = cell_in[0]     # a function that nobody could look into
+    if cell_in[0] and x.shape == out.shape:     # where a function could not be looked into, or heads were split: as it went in
+        cell[0] = cell[0] or cell_in[0]
+        cell[0] = cell[0]._replace(whole=cell[0].whole or cell_in[0].whole)
     return Call(n, () if x is None else tuple(x.shape), cell_in, number(out), tuple(out.shape), cell, type(out).__name__, out.new_empty(0))
 
 def trace(model, args):
