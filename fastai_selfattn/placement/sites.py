@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..attention.kinds import did_you_mean, is_attention, path_matches
 from ..attention.layers import SelfAttention
 from .price import Price, check_layer, default_price, fastai_mib, layer_name, price_at
-from .trace import example, trace
+from .trace import examples, map_dims, trace
 from ..quiet import check_whole, model_and_learner
 
 # %% ../../nbs/api/placement/sites.ipynb #04102a86
@@ -70,7 +70,7 @@ class Site(NamedTuple):
 
 # %% ../../nbs/api/placement/sites.ipynb #8d6f5f83
 def _reason(calls, nd):
-    "Why no attention fits behind a module with these `calls`, in a model whose images have `nd` dimensions; empty if it does"
+    "Why no attention fits behind a module with these `calls`, in a model whose maps have `nd` dimensions; empty if it does"
     c = calls[-1]
     if not c.out: return f'gives {c.kind}, not a map'
     if len(c.shape) != nd+2: return f'gives {c.as_is}, not a map of {nd} dimension' + 's'*(nd > 1)
@@ -248,6 +248,18 @@ def _bare(model):
     return model,learn
 
 # %% ../../nbs/api/placement/sites.ipynb #e3cfd3ba
+def _run(model, size):
+    "Arguments with which `model` runs, words for them, and the trace; `ValueError` if it does not run"
+    with torch.inference_mode(False), torch.no_grad(): tries = list(examples(model, size))
+    for i,(args,where) in enumerate(tries):
+        shape = 'x'.join(map(str, args[0].shape[1:]))
+        what,a = ('image','an image') if args[0].dim() > 2 else ('vector','a vector')
+        try: return args,f'{what} {shape} ({where})',trace(model, args)
+        except Exception as e:
+            if i+1 < len(tries): continue
+            why = f"this {type(model).__name__} does not run on {a} of {shape} ({where}): {type(e).__name__}: {e}"
+            raise ValueError(f"{why}. Give another `size`, or a batch") from e
+
 def find_sites(
     model:nn.Module|Learner, # any CNN, or a Learner
     size=None, # of the image, as `attention_sites` takes it
@@ -257,20 +269,15 @@ def find_sites(
     "The sites of `model`, from one forward pass that changes nothing"
     model,learn = _bare(model)
     if learn and size is None: size = learn.dls
-    with torch.inference_mode(False), torch.no_grad(): args,where = example(model, size)
-    shape = 'x'.join(map(str, args[0].shape[1:]))
-    try: calls,attention = trace(model, args)
-    except Exception as e:
-        why = f"this {type(model).__name__} does not run on an image of {shape} ({where}): {type(e).__name__}: {e}"
-        raise ValueError(f"{why}. Give another `size`, or a batch") from e
-    nd,layers = args[0].dim()-2,[p for p,m in model.named_modules() if p and is_attention(m)]
+    args,image,(calls,attention) = _run(model, size)
+    nd,layers = map_dims(model, calls, args[0]),[p for p,m in model.named_modules() if p and is_attention(m)]
     every = {p:_site(p, calls, attention, nd, layers) for p in calls if p}
     if isinstance(model, DynamicUnet): names = {n:p for n,p in _unet_names(model, calls).items() if p in calls}
     else: names = {p:p for p in _listed(model, calls, nd)}
     sites = [every[p]._replace(name=n, is_fastais=n == fastais_place(model)) for n,p in names.items()]
     args = ', '.join(f'{k}={v!r}' for k,v in (layer_args or {}).items())
     what = 'attention' if layer is SelfAttention and not args else layer_name(layer) + f'({args})'*bool(args)
-    return Sites(sites, f'Places for {what} in {type(model).__name__}, image {shape} ({where})', every, layer, layer_args)
+    return Sites(sites, f'Places for {what} in {type(model).__name__}, {image}', every, layer, layer_args)
 
 # %% ../../nbs/api/placement/sites.ipynb #31420c53
 def attention_sites(

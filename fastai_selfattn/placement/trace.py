@@ -8,7 +8,9 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/placement/trace.html
 __all__ = []
 
 # %% ../../nbs/api/placement/trace.ipynb #ed154d1a
+import sys
 import weakref
+from collections import Counter
 from itertools import count
 from numbers import Integral
 from typing import NamedTuple
@@ -68,6 +70,12 @@ def _call(number, axes, entered, out):
         cell[0] = cell[0]._replace(whole=cell[0].whole or cell_in[0].whole)
     return Call(n, () if x is None else tuple(x.shape), cell_in, number(out), tuple(out.shape), cell, type(out).__name__, out.new_empty(0))
 
+def _forward(model):
+    "What calls all of `model`: of fastai's GAN the critic too, on what the generator made, rather than the one whose turn it is"
+    gan = sys.modules.get('fastai.vision.gan')
+    if not gan or not isinstance(model, gan.GANModule): return model
+    return lambda *args: model.critic(model.generator(*args))
+
 def trace(model, args):
     "Run `model` once: the calls of each module by path, as they ended, and the class of the attention layer next to a map, by its number"
     number,axes,calls,entered,attention,handles = _numbers(),Axes(),{},{},{},[]
@@ -85,13 +93,14 @@ def trace(model, args):
     try:
         for path,m in model.named_modules():
             handles += [m.register_forward_pre_hook(before(path), with_kwargs=True), m.register_forward_hook(after(path))]
-        with undisturbed(model), axes: model(*args)
+        with undisturbed(model), axes: _forward(model)(*args)
     finally:
         for h in handles: h.remove()
     return calls,attention
 
 # %% ../../nbs/api/placement/trace.ipynb #0ad7eb4d
 _convs = nn.Conv1d,nn.Conv2d,nn.Conv3d
+_transposed = nn.ConvTranspose1d,nn.ConvTranspose2d,nn.ConvTranspose3d
 _side = {1:1024, 2:224, 3:48}     # by the dimensions of an image; assumed where nothing is known
 
 def _is_whole_number(i): return isinstance(i, Integral) and not isinstance(i, bool)
@@ -112,10 +121,20 @@ def _shape(size, conv):
     return dims
 
 # %% ../../nbs/api/placement/trace.ipynb #55454ca8
+def _outside(model, kinds):
+    "Path and module of those of these `kinds` in `model` that are no part of an attention layer"
+    inside = {id(m) for a in model.modules() if is_attention(a) for m in a.modules()}
+    return ((p, m) for p,m in model.named_modules() if isinstance(m, kinds) and id(m) not in inside)
+
 def _first_conv(model):
     "The first conv of `model` outside of attention layers, None if there is none"
-    inside = {id(m) for a in model.modules() if is_attention(a) for m in a.modules()}
-    return next((m for m in model.modules() if isinstance(m, _convs) and id(m) not in inside), None)
+    return next((m for _,m in _outside(model, _convs)), None)
+
+def _vector(model):
+    "Length of the vector that a model takes which begins with a `Linear` or a transposed conv, and dimensions of the latter; else 0, 0"
+    first = next((m for _,m in _outside(model, (*_convs,*_transposed,nn.Linear))), None)
+    if isinstance(first, nn.Linear): return first.in_features,0
+    return (first.in_channels,len(first.kernel_size)) if isinstance(first, _transposed) else (0,0)
 
 def _first_image(batch, conv, like):
     "The first image of each tensor of `batch`, as the model takes it"
@@ -129,11 +148,11 @@ def example(model, size):
     conv,like = _first_conv(model),next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if isinstance(size, (DataLoaders,DataLoader,torch.utils.data.DataLoader)):
         got = one_batch(size)
-        if got: return _first_image(got[0][:got[1]], conv, like),'one image of the data'
+        if got: return _first_image(got[0][:got[1]], None if _vector(model)[0] else conv, like),'one image of the data'
         size = None     # no data
     if isinstance(size, Tensor): size = [size]
     if isinstance(size, (tuple,list)) and size and all(isinstance(t, Tensor) for t in size):
-        return _first_image(size[:max(1, len(size)-1)], conv, like),'one image of the batch'     # the last of several is the target
+        return _first_image(size[:max(1, len(size)-1)], None if _vector(model)[0] else conv, like),'one image of the batch'     # the last of several is the target
     if size is None:
         if not conv:
             raise ValueError(f"no conv in this {type(model).__name__} to read channels from: "
@@ -143,3 +162,25 @@ def example(model, size):
     elif isinstance(size, (Integral,tuple,list)): shape,where = _shape(size, conv),'as given'
     else: raise TypeError(f"`size` must be a side, a shape, a batch or `DataLoaders`, got {type(size).__name__}")
     return [torch.zeros(shape, dtype=like.dtype, device=like.device)],where
+
+# %% ../../nbs/api/placement/trace.ipynb #d536fb67
+def examples(model, size):
+    "What `model` might be called with, the likeliest first, and where that is from; `ValueError`/`TypeError` if `size` says nothing"
+    n,nd = _vector(model)
+    given = [size] if _is_whole_number(size) else list(size) if isinstance(size, (tuple,list)) and all(map(_is_whole_number, size)) else []
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    def zeros(*dims): return [torch.zeros(1, *dims, dtype=like.dtype, device=like.device)]
+    if n and n in given[:2] and len(given)-given.index(n) in (1,nd+1):     # (n,) or (bs, n), and of a transposed conv (bs, n, 1, 1)
+        yield zeros(*given[given.index(n):]),'as given'
+        return
+    where = f'assumed: a vector, as {n} numbers go into the first layer; give `size` for another'
+    if n and size is None:
+        yield zeros(n),where
+        if nd: yield zeros(n, *[1]*nd),where
+    if size is not None or not n or _first_conv(model): yield example(model, size)
+
+def map_dims(model, calls, x):
+    "Dimensions of the maps of `model` called with `x`: those of most convs, or else of an image, or else of most of what its modules give"
+    convs = Counter(len(c.as_is)-2 for p,_ in _outside(model, (*_convs,*_transposed)) for c in calls.get(p, []))
+    if not convs and x.dim() < 3: convs = Counter(len(c.as_is)-2 for cs in calls.values() for c in cs if len(c.as_is) > 2)
+    return max(convs, key=lambda nd: (convs[nd],nd == x.dim()-2)) if convs else max(1, x.dim()-2)
