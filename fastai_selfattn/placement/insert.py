@@ -8,6 +8,7 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/placement/insert.htm
 __all__ = ['Place', 'Turned', 'insert_attention', 'remove_attention']
 
 # %% ../../nbs/api/placement/insert.ipynb #44f0f0e6
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
@@ -46,6 +47,10 @@ def _hook(host, name, axis=1):
     "Send the output of `host`, with channels on `axis`, through the layer at `name` below it, before any other hook sees it"
     host._forward_hooks[f'attention:{name}'] = _Through(name, axis)     # no number, which after unpickling might be given to another hook
     host._forward_hooks.move_to_end(f'attention:{name}', last=False)
+
+def _compile_anew():
+    "Let `torch.compile` look again: it does not notice hooks that come or go"
+    if 'torch._dynamo' in sys.modules: torch.compiler.reset()
 
 def _remember(undo, *dicts):
     "Let `undo` give each dict back what it holds now"
@@ -224,6 +229,7 @@ def insert_attention(
         for unet in unets(model): _remember(undo, unet._forward_hooks, unet._forward_hooks_always_called)
         let_go(model)
         _check_runs(learn or model, size, done)
+        _compile_anew()
         if learn: watch(learn, undo)
         _report(f"Inserted {type(made[0][0]).__name__} {'behind' if how == 'append' else 'in place of'}", done, left_out, note)
         undo.pop_all()
@@ -293,6 +299,7 @@ def remove_attention(
             host = (_host(model, model.get_submodule(path)) or (parent,))[0]
             _remember(undo, parent._modules, host._forward_hooks)
             layers.append(_take_out(model, path))
+        _compile_anew()
         if learn: watch(learn, undo)
         _report('Removed attention from', {path:there[path] for path in paths})
         undo.pop_all()

@@ -25,7 +25,7 @@ from ..attention.kinds import did_you_mean, is_attention, path_matches
 from ..attention.layers import SelfAttention
 from .price import Price, check_layer, default_price, fastai_mib, layer_name, price_at
 from .trace import examples, map_dims, trace
-from ..quiet import check_whole, model_and_learner
+from ..quiet import bare_model, check_whole, model_and_learner
 
 # %% ../../nbs/api/placement/sites.ipynb #04102a86
 class Site(NamedTuple):
@@ -106,6 +106,7 @@ def _is_whole(path, calls, nd):
 def _opens(module, path, calls, nd):
     "Rule 1: whether the places inside `module` are listed too"
     if is_attention(module): return False
+    if '_orig_mod' in module._modules: return True     # a part that `torch.compile` has wrapped
     gives_no_tensor = path not in calls or not calls[path][-1].out
     return gives_no_tensor or type(module).forward is nn.Sequential.forward or _is_whole(path, calls, nd)
 
@@ -129,6 +130,7 @@ def _found(module, path, model, calls, nd):
 # %% ../../nbs/api/placement/sites.ipynb #8f628d5d
 def _holds_stages(path, model, calls, nd):
     "Whether the module holds several stages: a whole network, or a `Sequential` of blocks that give maps of several sizes"
+    path = real_path(model, path)
     m = model.get_submodule(path)
     blocks = [f'{path}.{n}' for n,c in m.named_children() if len(list(c.children()))]
     sizes = {calls[b][-1].shape[2:] for b in blocks if b in calls} - {()}
@@ -142,13 +144,30 @@ def _listed(model, calls, nd):
     order = {p:i for i,p in enumerate(calls)}
     return sorted(shown.values(), key=order.get)
 
+# %% ../../nbs/api/placement/sites.ipynb #db362c5d
+def _plain(path): return '.'.join(p for p in path.split('.') if p != '_orig_mod')
+
+def real_path(
+    model:nn.Module, # any model
+    path:str, # of a module in it, with or without the wrappers of `torch.compile`
+)->str:
+    "Where that module is, inside of all wrappers"
+    m,real = model,[]
+    for name in _plain(path).split('.'):
+        m = m._modules[name]
+        real.append(name)
+        while '_orig_mod' in m._modules:
+            m = m._orig_mod
+            real.append('_orig_mod')
+    return '.'.join(real)
+
 # %% ../../nbs/api/placement/sites.ipynb #15c54a57
 def unet_blocks(
     model:nn.Module, # any model
 )->dict[str,str]: # name `decoder.0`, ... -> path of the place in the block; empty if `model` is not a `DynamicUnet`
     "The places in the blocks of a U-Net's decoder"
-    blocks = [i for i,m in enumerate(model.layers) if isinstance(m, UnetBlock)] if isinstance(model, DynamicUnet) else []
-    return {f'decoder.{j}':f'layers.{i}.conv2' for j,i in enumerate(blocks)}
+    blocks = [i for i,m in enumerate(model.layers) if isinstance(bare_model(m), UnetBlock)] if isinstance(model, DynamicUnet) else []
+    return {f'decoder.{j}':real_path(model, f'layers.{i}.conv2') for j,i in enumerate(blocks)}
 
 def fastais_place(
     model:nn.Module, # any model
@@ -158,10 +177,11 @@ def fastais_place(
 
 def _unet_names(model, calls):
     "Name -> path of the places in a U-Net that have names"
-    children,skips = model.layers[0]._modules,[h.hook.hooks_dict_ref() for h in model.sfs]
-    def ends(i, m): return i == len(children)-1 or any(s is m._forward_hooks for s in skips)
-    stages = [f'layers.0.{k}' for i,(k,m) in enumerate(children.items()) if ends(i, m)]
-    return {f'encoder.{i}':p for i,p in enumerate(stages)} | {'middle':'layers.3'} | unet_blocks(model)
+    encoder = real_path(model, 'layers.0')
+    children,skips = model.get_submodule(encoder)._modules,[h.hook.hooks_dict_ref() for h in model.sfs]
+    def ends(i, m): return i == len(children)-1 or any(s is bare_model(m)._forward_hooks for s in skips)
+    stages = [real_path(model, f'{encoder}.{k}') for i,(k,m) in enumerate(children.items()) if ends(i, m)]
+    return {f'encoder.{i}':p for i,p in enumerate(stages)} | {'middle':real_path(model, 'layers.3')} | unet_blocks(model)
 
 # %% ../../nbs/api/placement/sites.ipynb #dba9ff4a
 _columns = ['site','module','channels','map','n','parameters','multiply-adds']
@@ -271,9 +291,9 @@ def find_sites(
     if learn and size is None: size = learn.dls
     args,image,(calls,attention) = _run(model, size)
     nd,layers = map_dims(model, calls, args[0]),[p for p,m in model.named_modules() if p and is_attention(m)]
-    every = {p:_site(p, calls, attention, nd, layers) for p in calls if p}
+    every = {p:_site(p, calls, attention, nd, layers) for p in calls if p and f'{p}._orig_mod' not in calls}
     if isinstance(model, DynamicUnet): names = {n:p for n,p in _unet_names(model, calls).items() if p in calls}
-    else: names = {p:p for p in _listed(model, calls, nd)}
+    else: names = {_plain(p):real_path(model, p) for p in _listed(model, calls, nd)}
     sites = [every[p]._replace(name=n, is_fastais=n == fastais_place(model)) for n,p in names.items()]
     args = ', '.join(f'{k}={v!r}' for k,v in (layer_args or {}).items())
     what = 'attention' if layer is SelfAttention and not args else layer_name(layer) + f'({args})'*bool(args)
@@ -327,7 +347,7 @@ def _match(self:Sites, where):
             raise _no_match("True means the third-to-last block of a `DynamicUnet`, where fastai puts its own attention, and this model "
                             "has no such block (fastai itself would place no attention, and say nothing)", self)
     elif isinstance(where, str):
-        found = [s for s in self._sites if path_matches(s.name, where)] or [s for p,s in self.every.items() if path_matches(p, where)]
+        found = [s for s in self._sites if path_matches(s.name, where)] or [s for p,s in self.every.items() if path_matches(p, where) or path_matches(_plain(p), where)]
         if not found: raise _no_match(f"no site matches {where!r}", self, where)
         first = found[0]
         if first.reason and where in (first.name,first.path): raise _no_match(f"no attention fits at {where!r}: {first.reason}", self)

@@ -8,9 +8,11 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/placement/trace.html
 __all__ = []
 
 # %% ../../nbs/api/placement/trace.ipynb #ed154d1a
+import secrets
 import sys
 import weakref
 from collections import Counter
+from contextlib import contextmanager
 from itertools import count
 from numbers import Integral
 from typing import NamedTuple
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from fastai_selfattn.attention.kinds import is_attention
 from fastai_selfattn.placement.axes import Axes, Sides
-from fastai_selfattn.quiet import one_batch, undisturbed
+from fastai_selfattn.quiet import eagerly, one_batch, undisturbed
 
 # %% ../../nbs/api/placement/trace.ipynb #b5718493
 def _numbers():
@@ -48,7 +50,7 @@ class Call(NamedTuple):
     as_is:tuple          # its shape
     cell:list            # where its batch and channels are
     kind:str             # what came out: the name of its type
-    like:Tensor          # an empty tensor with dtype and device of what came out
+    like:Tensor          # an empty, plain tensor with dtype and device of what came out
 
     @property
     def into_shape(self)->tuple: return _as_map(self.into_as_is, self.into_cell[0])     # (bs, channels, ...)
@@ -68,7 +70,8 @@ def _call(number, axes, entered, out):
     if cell_in[0] and x.shape == out.shape:     # where a function could not be looked into, or heads were split: as it went in
         cell[0] = cell[0] or cell_in[0]
         cell[0] = cell[0]._replace(whole=cell[0].whole or cell_in[0].whole)
-    return Call(n, () if x is None else tuple(x.shape), cell_in, number(out), tuple(out.shape), cell, type(out).__name__, out.new_empty(0))
+    return Call(n, () if x is None else tuple(x.shape), cell_in, number(out), tuple(out.shape), cell, type(out).__name__,
+                torch.empty(0, dtype=out.dtype, device=out.device))
 
 def _forward(model):
     "What calls all of `model`: of fastai's GAN the critic too, on what the generator made, rather than the one whose turn it is"
@@ -76,9 +79,31 @@ def _forward(model):
     if not gan or not isinstance(model, gan.GANModule): return model
     return lambda *args: model.critic(model.generator(*args))
 
+@contextmanager
+def _hooked(hooks):
+    "`hooks`, (module, before, after), are called while this holds; none is left, however it ends"
+    name = f'trace {secrets.token_hex(8)}'     # each is known before it is set, so that Ctrl-C cannot come between
+    try:
+        for m,before,after in hooks:
+            m._forward_pre_hooks_with_kwargs[name] = True
+            m._forward_pre_hooks[name],m._forward_hooks[name] = before,after
+        yield
+    finally: _without(hooks, name)
+
+def _without(hooks, name):
+    "Take the hooks called `name` out again; Ctrl-C meanwhile waits until all are out"
+    stopped = None
+    while True:
+        try:
+            for m,_,_ in hooks:
+                for d in (m._forward_pre_hooks, m._forward_hooks, m._forward_pre_hooks_with_kwargs): d.pop(name, None)
+            break
+        except KeyboardInterrupt as e: stopped = e
+    if stopped: raise stopped
+
 def trace(model, args):
     "Run `model` once: the calls of each module by path, as they ended, and the class of the attention layer next to a map, by its number"
-    number,axes,calls,entered,attention,handles = _numbers(),Axes(),{},{},{},[]
+    number,axes,calls,entered,attention = _numbers(),Axes(),{},{},{}
     def before(path):
         def hook(module, args, kwargs):
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
@@ -90,12 +115,8 @@ def trace(model, args):
             if is_attention(module): attention.update(dict.fromkeys((n for n in (call.into,call.out) if n), type(module).__name__))
             calls.setdefault(path, []).append(call)
         return hook
-    try:
-        for path,m in model.named_modules():
-            handles += [m.register_forward_pre_hook(before(path), with_kwargs=True), m.register_forward_hook(after(path))]
-        with undisturbed(model), axes: _forward(model)(*args)
-    finally:
-        for h in handles: h.remove()
+    hooks = [(m, before(path), after(path)) for path,m in model.named_modules()]
+    with _hooked(hooks), eagerly(), undisturbed(model), axes: _forward(model)(*args)
     return calls,attention
 
 # %% ../../nbs/api/placement/trace.ipynb #0ad7eb4d
@@ -163,7 +184,7 @@ def example(model, size):
     else: raise TypeError(f"`size` must be a side, a shape, a batch or `DataLoaders`, got {type(size).__name__}")
     return [torch.zeros(shape, dtype=like.dtype, device=like.device)],where
 
-# %% ../../nbs/api/placement/trace.ipynb #d536fb67
+# %% ../../nbs/api/placement/trace.ipynb #7426f1f9
 def examples(model, size):
     "What `model` might be called with, the likeliest first, and where that is from; `ValueError`/`TypeError` if `size` says nothing"
     n,nd = _vector(model)
