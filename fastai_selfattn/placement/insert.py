@@ -171,15 +171,19 @@ def _check_replace(model, s, sites):
 
 # %% ../../nbs/api/placement/insert.ipynb #0e1a3202
 def _check_runs(model, size, done):
-    "Raise unless the model runs, and calls each new layer as often as the module before it"
+    "Raise unless the model runs, and calls each new layer as often as the module before it, and that keeps the shape"
     try: every = find_sites(model, size).every
     except ValueError as e:
         raise ValueError(f"with attention at {', '.join(s.name for s in done.values())} the model no longer runs: {e}") from e
     for path,s in done.items():
-        calls = every[path].calls if path in every else 0
-        if calls == s.calls: continue
-        raise ValueError(f"{s.name} is called {s.calls} times in a forward pass, but attention there {calls} times: "
-                         "choose another module, such as the one around it")
+        now = every.get(path)
+        calls = now.calls if now else 0
+        if calls != s.calls:
+            raise ValueError(f"{s.name} is called {s.calls} times in a forward pass, but attention there {calls} times: "
+                             "choose another module, such as the one around it")
+        if now.into and now.into != (now.channels,*now.map):     # tried on a corner of a map only, or of another kind above some size
+            into,out = ('x'.join(map(str, shape)) for shape in (now.into, (now.channels,*now.map)))
+            raise ValueError(f"the layer at {s.name} makes {out} out of {into}, and attention must keep channels and size")
 
 def _report(did, places, left_out=(), note=''):
     "Say in one line what was done to which `places`, by path"

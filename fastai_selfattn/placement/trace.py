@@ -12,7 +12,6 @@ import secrets
 import sys
 import weakref
 from collections import Counter
-from contextlib import contextmanager
 from itertools import count
 from numbers import Integral
 from typing import NamedTuple
@@ -79,27 +78,20 @@ def _forward(model):
     if not gan or not isinstance(model, gan.GANModule): return model
     return lambda *args: model.critic(model.generator(*args))
 
-@contextmanager
-def _hooked(hooks):
-    "`hooks`, (module, before, after), are called while this holds; none is left, however it ends"
-    name = f'trace {secrets.token_hex(8)}'     # each is known before it is set, so that Ctrl-C cannot come between
-    try:
-        for m,before,after in hooks:
-            m._forward_pre_hooks_with_kwargs[name] = True
-            m._forward_pre_hooks[name],m._forward_hooks[name] = before,after
-        yield
-    finally: _without(hooks, name)
+def _hang(hooks, name):
+    "Let `hooks`, (module, before, after), be called, under a `name` by which they are found again"
+    for m,before,after in hooks:
+        m._forward_pre_hooks_with_kwargs[name] = True
+        m._forward_pre_hooks[name],m._forward_hooks[name] = before,after
 
 def _without(hooks, name):
     "Take the hooks called `name` out again; Ctrl-C meanwhile waits until all are out"
-    stopped = None
-    while True:
-        try:
-            for m,_,_ in hooks:
-                for d in (m._forward_pre_hooks, m._forward_hooks, m._forward_pre_hooks_with_kwargs): d.pop(name, None)
-            break
-        except KeyboardInterrupt as e: stopped = e
-    if stopped: raise stopped
+    try:
+        for m,_,_ in hooks:
+            for d in (m._forward_pre_hooks, m._forward_hooks, m._forward_pre_hooks_with_kwargs): d.pop(name, None)
+    except KeyboardInterrupt:
+        _without(hooks, name)
+        raise
 
 def trace(model, args):
     "Run `model` once: the calls of each module by path, as they ended, and the class of the attention layer next to a map, by its number"
@@ -116,7 +108,11 @@ def trace(model, args):
             calls.setdefault(path, []).append(call)
         return hook
     hooks = [(m, before(path), after(path)) for path,m in model.named_modules()]
-    with _hooked(hooks), eagerly(), undisturbed(model), axes: _forward(model)(*args)
+    name = f'trace {secrets.token_hex(8)}'     # known before the first hook is set, so that Ctrl-C cannot come between
+    try:
+        _hang(hooks, name)
+        with eagerly(), undisturbed(model), axes: _forward(model)(*args)
+    finally: _without(hooks, name)
     return calls,attention
 
 # %% ../../nbs/api/placement/trace.ipynb #0ad7eb4d
@@ -184,7 +180,7 @@ def example(model, size):
     else: raise TypeError(f"`size` must be a side, a shape, a batch or `DataLoaders`, got {type(size).__name__}")
     return [torch.zeros(shape, dtype=like.dtype, device=like.device)],where
 
-# %% ../../nbs/api/placement/trace.ipynb #7426f1f9
+# %% ../../nbs/api/placement/trace.ipynb #cd47d96a
 def examples(model, size):
     "What `model` might be called with, the likeliest first, and where that is from; `ValueError`/`TypeError` if `size` says nothing"
     n,nd = _vector(model)
