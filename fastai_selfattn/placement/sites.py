@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from ..attention.kinds import did_you_mean, is_attention, path_matches
 from ..attention.layers import SelfAttention
 from .price import Price, check_layer, default_price, fastai_mib, layer_name, price_at
-from .trace import example, image_of, trace
-from ..quiet import check_whole, model_and_learner
+from .trace import examples, image_of, map_dims, trace
+from ..quiet import bare_model, check_whole, model_and_learner
 
 # %% ../../nbs/api/placement/sites.ipynb #04102a86
 class Site(NamedTuple):
@@ -43,6 +43,8 @@ class Site(NamedTuple):
     dtype:torch.dtype=torch.float32    # of the map
     device:torch.device=torch.device('cpu')     # of the map
     price:Price|None=None       # of the layer that would go here; None for a `SelfAttention` with its default options
+    axis:int=1                  # the side on which the channels are; most modules have them on 1, (bs, c, ...)
+    turns:bool=False            # whether the channels of what goes in are on another side
 
     @property
     def n(self)->int: return math.prod(self.map)                     # pixels of the map
@@ -63,14 +65,19 @@ class Site(NamedTuple):
     def note(self)->str:
         "What the table says beside the numbers"
         said = [self.reason or self.cost.unfit, self.has and f'has {self.has}', self.is_fastais and "fastai's own place"]
+        if self.axis > 1 and not self.reason: said.append('channels last' if self.axis == len(self.map)+1 else f'channels on side {self.axis}')
         return '; '.join(filter(None, [*said, self.calls > 1 and f'called {self.calls} times']))
 
 # %% ../../nbs/api/placement/sites.ipynb #8d6f5f83
 def _reason(calls, nd):
-    "Why no attention fits behind a module with these `calls`, in a model whose images have `nd` dimensions; empty if it does"
+    "Why no attention fits behind a module with these `calls`, in a model whose maps have `nd` dimensions; empty if it does"
     c = calls[-1]
     if not c.out: return f'gives {c.kind}, not a map'
-    if len(c.shape) != nd+2: return f'gives {c.shape}, not a map of {nd} dimension' + 's'*(nd > 1)
+    if len(c.shape) != nd+2: return f'gives {c.as_is}, not a map of {nd} dimension' + 's'*(nd > 1)
+    if c.sides.batch: return f'gives {c.as_is}, where side {c.sides.batch} is the batch'
+    whole = c.sides.parts_of(c.as_is)
+    if whole: return f"gives {c.as_is}, parts of a map of {'x'.join(map(str, whole))}"
+    if len({o.sides[:2] for o in calls}) > 1: return f'called {len(calls)} times, with the channels on several sides'
     channels = sorted({c.shape[1] for c in calls if c.shape[1:]})
     if len(channels) > 1: return f"called {len(calls)} times, with {', '.join(map(str, channels))} channels"
     if math.prod(c.shape[2:]) < 2: return 'one pixel: nothing to attend to'
@@ -85,7 +92,8 @@ def _site(path, calls, attention, nd, layers=()):
     channels,size = (c.shape[1],c.shape[2:]) if len(c.shape) == nd+2 else (0,())
     around = next((f'part of the attention layer {a}' for a in layers if path.startswith(f'{a}.')), '')
     return Site(path, path, channels, size, into=c.into_shape[1:] if c.into else (), calls=len(cs), has=attention.get(c.out, ''),
-                reason=around or _reason(cs, nd), number=c.out, dtype=c.like.dtype, device=c.like.device)
+                reason=around or _reason(cs, nd), number=c.out, dtype=c.like.dtype, device=c.like.device,
+                axis=c.sides.channels, turns=c.turns)
 
 # %% ../../nbs/api/placement/sites.ipynb #fc1c4d9f
 def _is_whole(path, calls, nd):
@@ -98,6 +106,7 @@ def _is_whole(path, calls, nd):
 def _opens(module, path, calls, nd):
     "Rule 1: whether the places inside `module` are listed too"
     if is_attention(module): return False
+    if '_orig_mod' in module._modules: return True     # a part that `torch.compile` has wrapped
     gives_no_tensor = path not in calls or not calls[path][-1].out
     return gives_no_tensor or type(module).forward is nn.Sequential.forward or _is_whole(path, calls, nd)
 
@@ -121,6 +130,7 @@ def _found(module, path, model, calls, nd):
 # %% ../../nbs/api/placement/sites.ipynb #8f628d5d
 def _holds_stages(path, model, calls, nd):
     "Whether the module holds several stages: a whole network, or a `Sequential` of blocks that give maps of several sizes"
+    path = real_path(model, path)
     m = model.get_submodule(path)
     blocks = [f'{path}.{n}' for n,c in m.named_children() if len(list(c.children()))]
     sizes = {calls[b][-1].shape[2:] for b in blocks if b in calls} - {()}
@@ -134,13 +144,30 @@ def _listed(model, calls, nd):
     order = {p:i for i,p in enumerate(calls)}
     return sorted(shown.values(), key=order.get)
 
+# %% ../../nbs/api/placement/sites.ipynb #db362c5d
+def _plain(path): return '.'.join(p for p in path.split('.') if p != '_orig_mod')
+
+def real_path(
+    model:nn.Module, # any model
+    path:str, # of a module in it, with or without the wrappers of `torch.compile`
+)->str:
+    "Where that module is, inside of all wrappers"
+    m,real = model,[]
+    for name in _plain(path).split('.'):
+        m = m._modules[name]
+        real.append(name)
+        while '_orig_mod' in m._modules:
+            m = m._orig_mod
+            real.append('_orig_mod')
+    return '.'.join(real)
+
 # %% ../../nbs/api/placement/sites.ipynb #15c54a57
 def unet_blocks(
     model:nn.Module, # any model
 )->dict[str,str]: # name `decoder.0`, ... -> path of the place in the block; empty if `model` is not a `DynamicUnet`
     "The places in the blocks of a U-Net's decoder"
-    blocks = [i for i,m in enumerate(model.layers) if isinstance(m, UnetBlock)] if isinstance(model, DynamicUnet) else []
-    return {f'decoder.{j}':f'layers.{i}.conv2' for j,i in enumerate(blocks)}
+    blocks = [i for i,m in enumerate(model.layers) if isinstance(bare_model(m), UnetBlock)] if isinstance(model, DynamicUnet) else []
+    return {f'decoder.{j}':real_path(model, f'layers.{i}.conv2') for j,i in enumerate(blocks)}
 
 def fastais_place(
     model:nn.Module, # any model
@@ -150,10 +177,11 @@ def fastais_place(
 
 def _unet_names(model, calls):
     "Name -> path of the places in a U-Net that have names"
-    children,skips = model.layers[0]._modules,[h.hook.hooks_dict_ref() for h in model.sfs]
-    def ends(i, m): return i == len(children)-1 or any(s is m._forward_hooks for s in skips)
-    stages = [f'layers.0.{k}' for i,(k,m) in enumerate(children.items()) if ends(i, m)]
-    return {f'encoder.{i}':p for i,p in enumerate(stages)} | {'middle':'layers.3'} | unet_blocks(model)
+    encoder = real_path(model, 'layers.0')
+    children,skips = model.get_submodule(encoder)._modules,[h.hook.hooks_dict_ref() for h in model.sfs]
+    def ends(i, m): return i == len(children)-1 or any(s is bare_model(m)._forward_hooks for s in skips)
+    stages = [real_path(model, f'{encoder}.{k}') for i,(k,m) in enumerate(children.items()) if ends(i, m)]
+    return {f'encoder.{i}':p for i,p in enumerate(stages)} | {'middle':real_path(model, 'layers.3')} | unet_blocks(model)
 
 # %% ../../nbs/api/placement/sites.ipynb #dba9ff4a
 _columns = ['site','module','channels','map','n','parameters','multiply-adds']
@@ -240,6 +268,19 @@ def _bare(model):
     return model,learn
 
 # %% ../../nbs/api/placement/sites.ipynb #e3cfd3ba
+def _run(model, size):
+    "Arguments with which `model` runs, words for them, and the trace; `ValueError` if it does not run"
+    with torch.inference_mode(False), torch.no_grad(): tries = list(examples(model, size))
+    for i,(args,where) in enumerate(tries):
+        x = image_of(args)
+        shape = 'x'.join(map(str, x.shape[1:]))
+        what,a = ('image','an image') if x.dim() > 2 else ('vector','a vector')
+        try: return args,f'{what} {shape} ({where})',trace(model, args)
+        except Exception as e:
+            if i+1 < len(tries): continue
+            why = f"this {type(model).__name__} does not run on {a} of {shape} ({where}): {type(e).__name__}: {e}"
+            raise ValueError(f"{why}. Give another `size`, or a batch") from e
+
 def find_sites(
     model:nn.Module|Learner, # any CNN, or a Learner
     size=None, # of the image, as `attention_sites` takes it
@@ -249,21 +290,15 @@ def find_sites(
     "The sites of `model`, from one forward pass that changes nothing"
     model,learn = _bare(model)
     if learn and size is None: size = learn.dls
-    with torch.inference_mode(False), torch.no_grad(): args,where = example(model, size)
-    image = image_of(args)
-    shape = 'x'.join(map(str, image.shape[1:]))
-    try: calls,attention = trace(model, args)
-    except Exception as e:
-        why = f"this {type(model).__name__} does not run on an image of {shape} ({where}): {type(e).__name__}: {e}"
-        raise ValueError(f"{why}. Give another `size`, or a batch") from e
-    nd,layers = image.dim()-2,[p for p,m in model.named_modules() if p and is_attention(m)]
-    every = {p:_site(p, calls, attention, nd, layers) for p in calls if p}
+    args,image,(calls,attention) = _run(model, size)
+    nd,layers = map_dims(model, calls, image_of(args)),[p for p,m in model.named_modules() if p and is_attention(m)]
+    every = {p:_site(p, calls, attention, nd, layers) for p in calls if p and f'{p}._orig_mod' not in calls}
     if isinstance(model, DynamicUnet): names = {n:p for n,p in _unet_names(model, calls).items() if p in calls}
-    else: names = {p:p for p in _listed(model, calls, nd)}
+    else: names = {_plain(p):real_path(model, p) for p in _listed(model, calls, nd)}
     sites = [every[p]._replace(name=n, is_fastais=n == fastais_place(model)) for n,p in names.items()]
     args = ', '.join(f'{k}={v!r}' for k,v in (layer_args or {}).items())
     what = 'attention' if layer is SelfAttention and not args else layer_name(layer) + f'({args})'*bool(args)
-    return Sites(sites, f'Places for {what} in {type(model).__name__}, image {shape} ({where})', every, layer, layer_args)
+    return Sites(sites, f'Places for {what} in {type(model).__name__}, {image}', every, layer, layer_args)
 
 # %% ../../nbs/api/placement/sites.ipynb #31420c53
 def attention_sites(
@@ -313,7 +348,7 @@ def _match(self:Sites, where):
             raise _no_match("True means the third-to-last block of a `DynamicUnet`, where fastai puts its own attention, and this model "
                             "has no such block (fastai itself would place no attention, and say nothing)", self)
     elif isinstance(where, str):
-        found = [s for s in self._sites if path_matches(s.name, where)] or [s for p,s in self.every.items() if path_matches(p, where)]
+        found = [s for s in self._sites if path_matches(s.name, where)] or [s for p,s in self.every.items() if path_matches(p, where) or path_matches(_plain(p), where)]
         if not found: raise _no_match(f"no site matches {where!r}", self, where)
         first = found[0]
         if first.reason and where in (first.name,first.path): raise _no_match(f"no attention fits at {where!r}: {first.reason}", self)

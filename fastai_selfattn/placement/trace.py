@@ -8,7 +8,10 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/placement/trace.html
 __all__ = []
 
 # %% ../../nbs/api/placement/trace.ipynb #ed154d1a
+import secrets
+import sys
 import weakref
+from collections import Counter
 from itertools import count
 from numbers import Integral
 from typing import NamedTuple
@@ -19,7 +22,8 @@ from fastai.data.load import DataLoader
 from torch import Tensor, nn
 
 from fastai_selfattn.attention.kinds import is_attention
-from fastai_selfattn.quiet import as_sequence, each_tensor, for_model, one_batch, picture_tensors, rows, tensors, undisturbed
+from fastai_selfattn.placement.axes import Axes, Sides
+from fastai_selfattn.quiet import as_sequence, eagerly, each_tensor, for_model, one_batch, picture_tensors, rows, tensors, undisturbed
 
 # %% ../../nbs/api/placement/trace.ipynb #b5718493
 def _numbers():
@@ -32,42 +36,88 @@ def _numbers():
         return n
     return number
 
+def _as_map(shape, sides):
+    "`shape` as (bs, channels, ...), where `sides` says where these two are; as it is, where that is not known"
+    return (*(shape[i] for i in sides[:2]),*sides.map(shape)) if sides and len(shape) > 2 else shape
+
 class Call(NamedTuple):
     "One call of a module: what went in, if it was one tensor, and what came out"
     into:int             # number of the tensor that went in, 0 if it was not one tensor
-    into_shape:tuple
+    into_as_is:tuple     # its shape
+    into_cell:list       # where its batch and channels are, as `Axes` has it
     out:int              # number of the tensor that came out, 0 if it was something else
-    shape:tuple
+    as_is:tuple          # its shape
+    cell:list            # where its batch and channels are
     kind:str             # what came out: the name of its type
-    like:Tensor          # an empty tensor with dtype and device of what came out
+    like:Tensor          # an empty, plain tensor with dtype and device of what came out
+
+    @property
+    def into_shape(self)->tuple: return _as_map(self.into_as_is, self.into_cell[0])     # (bs, channels, ...)
+    @property
+    def shape(self)->tuple: return _as_map(self.as_is, self.cell[0])
+    @property
+    def sides(self)->Sides: return self.cell[0] or Sides(0,1)
+    @property
+    def turns(self)->bool: return (self.into_cell[0] or self.sides)[:2] != self.sides[:2]     # whether channels go in on another side
 
 # %% ../../nbs/api/placement/trace.ipynb #b34a4b0f
+def _call(number, axes, entered, out):
+    "The `Call` of a module that `entered` (number, tensor) and gave `out`"
+    n,x = entered
+    cell_in,cell = (axes.cell(t) if isinstance(t, Tensor) else [None] for t in (x,out))
+    if not isinstance(out, Tensor): return Call(n, () if x is None else tuple(x.shape), cell_in, 0, (), cell, type(out).__name__, torch.empty(0))
+    if cell_in[0] and x.shape == out.shape:     # where a function could not be looked into, or heads were split: as it went in
+        cell[0] = cell[0] or cell_in[0]
+        cell[0] = cell[0]._replace(whole=cell[0].whole or cell_in[0].whole)
+    return Call(n, () if x is None else tuple(x.shape), cell_in, number(out), tuple(out.shape), cell, type(out).__name__,
+                torch.empty(0, dtype=out.dtype, device=out.device))
+
+def _forward(model):
+    "What calls all of `model`: of fastai's GAN the critic too, on what the generator made, rather than the one whose turn it is"
+    gan = sys.modules.get('fastai.vision.gan')
+    if not gan or not isinstance(model, gan.GANModule): return model
+    return lambda *args: model.critic(model.generator(*args))
+
+def _hang(hooks, name):
+    "Let `hooks`, (module, before, after), be called, under a `name` by which they are found again"
+    for m,before,after in hooks:
+        m._forward_pre_hooks_with_kwargs[name] = True
+        m._forward_pre_hooks[name],m._forward_hooks[name] = before,after
+
+def _without(hooks, name):
+    "Take the hooks called `name` out again; Ctrl-C meanwhile waits until all are out"
+    try:
+        for m,_,_ in hooks:
+            for d in (m._forward_pre_hooks, m._forward_hooks, m._forward_pre_hooks_with_kwargs): d.pop(name, None)
+    except KeyboardInterrupt:
+        _without(hooks, name)
+        raise
+
 def trace(model, args):
     "Run `model` once: the calls of each module by path, as they ended, and the class of the attention layer next to a map, by its number"
-    number,calls,entered,attention,handles = _numbers(),{},{},{},[]
+    number,axes,calls,entered,attention = _numbers(),Axes(),{},{},{}
     def before(path):
         def hook(module, args, kwargs):
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            entered[path] = (number(tensors[0]),tuple(tensors[0].shape)) if len(tensors) == 1 else (0,())
+            entered[path] = (number(tensors[0]),tensors[0]) if len(tensors) == 1 else (0,None)
         return hook
     def after(path):
         def hook(module, args, out):
-            is_tensor = isinstance(out, Tensor)
-            call = Call(*entered[path], number(out) if is_tensor else 0, tuple(out.shape) if is_tensor else (), type(out).__name__,
-                         out.new_empty(0) if is_tensor else torch.empty(0))
+            call = _call(number, axes, entered.pop(path), out)
             if is_attention(module): attention.update(dict.fromkeys((n for n in (call.into,call.out) if n), type(module).__name__))
             calls.setdefault(path, []).append(call)
         return hook
+    hooks = [(m, before(path), after(path)) for path,m in model.named_modules()]
+    name = f'trace {secrets.token_hex(8)}'     # known before the first hook is set, so that Ctrl-C cannot come between
     try:
-        for path,m in model.named_modules():
-            handles += [m.register_forward_pre_hook(before(path), with_kwargs=True), m.register_forward_hook(after(path))]
-        with undisturbed(model): model(*args)
-    finally:
-        for h in handles: h.remove()
+        _hang(hooks, name)
+        with eagerly(), undisturbed(model), axes: _forward(model)(*args)
+    finally: _without(hooks, name)
     return calls,attention
 
 # %% ../../nbs/api/placement/trace.ipynb #0ad7eb4d
 _convs = nn.Conv1d,nn.Conv2d,nn.Conv3d
+_transposed = nn.ConvTranspose1d,nn.ConvTranspose2d,nn.ConvTranspose3d
 _side = {1:1024, 2:224, 3:48}     # by the dimensions of an image; assumed where nothing is known
 
 def _is_whole_number(i): return isinstance(i, Integral) and not isinstance(i, bool)
@@ -88,10 +138,20 @@ def _shape(size, conv):
     return dims
 
 # %% ../../nbs/api/placement/trace.ipynb #55454ca8
+def _outside(model, kinds):
+    "Path and module of those of these `kinds` in `model` that are no part of an attention layer"
+    inside = {id(m) for a in model.modules() if is_attention(a) for m in a.modules()}
+    return ((p, m) for p,m in model.named_modules() if isinstance(m, kinds) and id(m) not in inside)
+
 def _first_conv(model):
     "The first conv of `model` outside of attention layers, None if there is none"
-    inside = {id(m) for a in model.modules() if is_attention(a) for m in a.modules()}
-    return next((m for m in model.modules() if isinstance(m, _convs) and id(m) not in inside), None)
+    return next((m for _,m in _outside(model, _convs)), None)
+
+def _vector(model):
+    "Length of the vector that a model takes which begins with a `Linear` or a transposed conv, and dimensions of the latter; else 0, 0"
+    first = next((m for _,m in _outside(model, (*_convs,*_transposed,nn.Linear))), None)
+    if isinstance(first, nn.Linear): return first.in_features,0
+    return (first.in_channels,len(first.kernel_size)) if isinstance(first, _transposed) else (0,0)
 
 def _first_example(batch, model, conv):
     "The first example of `batch`, which may be nested, as the model takes it"
@@ -103,13 +163,14 @@ def _first_example(batch, model, conv):
 def example(model, size):
     "What to call `model` with, and where that is from"
     conv,like = _first_conv(model),next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    image_conv = None if _vector(model)[0] else conv
     if isinstance(size, (DataLoaders,DataLoader,torch.utils.data.DataLoader)):
         got = one_batch(size)
-        if got: return _first_example(got[0][:got[1]], model, conv),'one image of the data'
+        if got: return _first_example(got[0][:got[1]], model, image_conv),'one image of the data'
         size = None     # no data
     if next(tensors(size), None) is not None:
         batch = as_sequence(size)
-        return _first_example(batch[:max(1, len(batch)-1)], model, conv),'one image of the batch'     # the last of several is the target
+        return _first_example(batch[:max(1, len(batch)-1)], model, image_conv),'one image of the batch'     # the last of several is the target
     if size is None:
         if not conv:
             raise ValueError(f"no conv in this {type(model).__name__} to read channels from: "
@@ -124,3 +185,25 @@ def example(model, size):
 def image_of(args):
     "The image among what a model is called with, or else the first tensor"
     return next(iter((*picture_tensors(args), *tensors(args))))
+
+# %% ../../nbs/api/placement/trace.ipynb #cd47d96a
+def examples(model, size):
+    "What `model` might be called with, the likeliest first, and where that is from; `ValueError`/`TypeError` if `size` says nothing"
+    n,nd = _vector(model)
+    given = [size] if _is_whole_number(size) else list(size) if isinstance(size, (tuple,list)) and all(map(_is_whole_number, size)) else []
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    def zeros(*dims): return [torch.zeros(1, *dims, dtype=like.dtype, device=like.device)]
+    if n and n in given[:2] and len(given)-given.index(n) in (1,nd+1):     # (n,) or (bs, n), and of a transposed conv (bs, n, 1, 1)
+        yield zeros(*given[given.index(n):]),'as given'
+        return
+    where = f'assumed: a vector, as {n} numbers go into the first layer; give `size` for another'
+    if n and size is None:
+        yield zeros(n),where
+        if nd: yield zeros(n, *[1]*nd),where
+    if size is not None or not n or _first_conv(model): yield example(model, size)
+
+def map_dims(model, calls, x):
+    "Dimensions of the maps of `model` called with `x`: those of most convs, or else of an image, or else of most of what its modules give"
+    convs = Counter(len(c.as_is)-2 for p,_ in _outside(model, (*_convs,*_transposed)) for c in calls.get(p, []))
+    if not convs and x.dim() < 3: convs = Counter(len(c.as_is)-2 for cs in calls.values() for c in cs if len(c.as_is) > 2)
+    return max(convs, key=lambda nd: (convs[nd],nd == x.dim()-2)) if convs else max(1, x.dim()-2)

@@ -1,6 +1,7 @@
 "Attention into a model and out again: not a bit of a prediction changes, a Learner goes on as its user expects, and what fails leaves no trace"
 import copy
 import pickle
+from collections import OrderedDict
 from functools import partial
 
 import fastai.layers
@@ -668,6 +669,29 @@ class Shrinks(nn.Module):
 
 def test_a_layer_that_changes_large_maps_is_refused():
     with pytest.raises(ValueError, match=r'it makes \(1, 24, 4, 4\) out of \(1, 24, 16, 20\)'): insert_attention(plain(), 'stem', layer=lambda c: Shrinks(), size=SIZE)
+
+
+def cropped(above):
+    "Ours, with a `forward` that crops maps of more than `above` pixels a side"
+    def make(c):
+        layer = SelfAttention(c)
+        layer.forward = lambda x: SelfAttention.forward(layer, x)[..., :above, :above]
+        return layer
+    return make
+
+@pytest.mark.parametrize('above', [4, 15])
+@pytest.mark.parametrize('how,where', [('append', 'stem'), ('append', 'block'), ('replace', 'block.1')])
+def test_a_layer_of_ours_that_changes_large_maps_is_refused(how, where, above):
+    "Ours is tried on 4x4 only, but the model is run with it"
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(stem=nn.Conv2d(3, 24, 3, 2, 1), block=nn.Sequential(nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1)), pool=nn.AdaptiveAvgPool2d(1))).eval()
+    x = torch.randn(2, 3, 32, 40)
+    y, keys, modules = model(x), list(model.state_dict()), list(model.modules())
+    with pytest.raises(ValueError, match=rf'the layer at {where} makes 24x{above}x{above} out of 24x16x20, and attention must keep'):
+        insert_attention(model, where, how, cropped(above), size=x)
+    assert torch.equal(model(x), y) and list(model.state_dict()) == keys and list(model.modules()) == modules
+    assert not any(m._forward_hooks for m in model.modules())
+    insert_attention(model, where, how, cropped(20), size=x)
 
 
 def test_a_factory_gets_the_site_only_if_it_asks():
