@@ -61,7 +61,7 @@ def _shapes(tensors): return {name:tuple(t.shape) for name,t in tensors.items()}
 def _describe(path, layer):
     "What to write of `layer` besides its tensors; `ValueError` if it could not be made again"
     place,name = layer.attention_place,_class_name(type(layer))
-    site = {k:getattr(place.site, k) for k in ('name','path','channels','map','into','calls')}
+    site = {k:getattr(place.site, k) for k in ('name','path','channels','map','into','calls','axis')}
     about = dict(path=path, how=place.how, hooked=place.hooked, site=site) | {'class':name, 'options':{}}
     if name not in _known(): return about     # whoever loads it says how it is made
     about['options'] = _options(layer)
@@ -78,8 +78,9 @@ def _around(model):
     def tensors(m): return (*m.named_parameters(), *m.named_buffers())
     inserted = inserted_layers(model)
     found = {n:t for n,t in tensors(model) if not any(n.startswith(f'{p}.') for p in inserted)}
-    for path,layer in inserted.items():
-        for old in layer.attention_place.old: found |= {f'{path}.{n}':t for n,t in tensors(old)}
+    for layer in inserted.values():
+        place = layer.attention_place
+        for old in place.old: found |= {f'{place.site.path}.{n}':t for n,t in tensors(old)}
     return found
 
 def _identity(model):

@@ -209,3 +209,24 @@ def test_only_some_attention_trains_and_the_file_holds_all_of_it(tmp_path):
     insert_attention(model, 'mid', size=(12, 20))
     with pytest.raises(ValueError, match='the optimizer does not know all'): learn.train_attention_only()
     assert not any(isinstance(cb, OnlyAttention) for cb in learn.cbs)
+
+
+@pytest.mark.parametrize('where,how', [('features.3', 'append'), ('features.3.0.norm1', 'replace')])
+def test_channels_last(tmp_path, where, how):
+    from torchvision.models.swin_transformer import SwinTransformer
+    def swin():
+        torch.manual_seed(1)
+        return SwinTransformer([4, 4], 24, [1, 2], [2, 3], [3, 3], num_classes=5).eval()
+    model, x = swin(), torch.randn(2, 3, 48, 80)
+    paths = insert_attention(model, where, how, size=x)
+    for layer in inserted_layers(model).values(): nn.init.constant_(layer.gamma, .7)
+    save_attention(model, tmp_path/'a')
+    again = swin()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert load_attention(again, tmp_path/'a.safetensors') == paths
+    with torch.no_grad():
+        want = model(x)
+        assert again(x).equal(want) and not swin()(x).allclose(want)
+    remove_attention(again)
+    with torch.no_grad(): assert again(x).equal(swin()(x))
