@@ -35,11 +35,13 @@ from .paint import is_wall, recolor, wall_probability
 from .pictures import open_photo, open_upright
 from .report import in_words, plot_predictions, plot_recolored, save_figure, write_report
 from .run import Tries, ran_away, train_walls, write_whole
+from .versus import compare_walls, walls_of_seed
 from ..shell import CommandParser, Failed, NotWritten, at_least, check_folder, in_one_sentence, reason, uninterrupted, whole_file
 from .rooms import make_rooms
 
 # %% ../../nbs/api/walls/commands.ipynb #8bd2b1e4
 _N_ROOMS = 600
+_N_SEEDS = 5
 
 def _archs():
     "The encoders of torchvision and fastai, and `small`, by name"
@@ -74,6 +76,9 @@ def _walls_parser():
                    help="encoder: small, or any of torchvision or fastai that unet_learner takes, such as resnet34 (%(default)s)")
     p.add_argument('--pretrained', action='store_true', help="start from the encoder's pretrained weights (downloads them)")
     p.add_argument('--no-attention', action='store_true', help="train without self-attention, to compare")
+    p.add_argument('--compare', action='store_true', help="train nets with attention, without it, and with what might do as well in its "
+                   "place, from several seeds, and say whether it helps; with --out of a comparison that was stopped, go on with it")
+    p.add_argument('--seeds', type=at_least(1), metavar='N', help=f"how many nets of each kind, with --compare ({_N_SEEDS})")
     p.add_argument('--gamma', type=at_least(0, float), default=0., metavar='G',
                    help="where gamma starts: 0 as in fastai, 1 for attention that is at work from the first step (%(default)s)")
     p.add_argument('--seed', type=at_least(0), default=0, metavar='N',
@@ -89,6 +94,9 @@ def _walls_args(argv):
         if given is not None and not args.data: p.error(f"{option} is for the masks of --data, which is not given")
     if args.ignore is not None and args.ignore == args.wall_code: p.error("--ignore and --wall-code are the same: give two")
     if args.no_attention and args.gamma: p.error("--gamma is for attention, which --no-attention leaves out: give one of the two")
+    if args.compare and args.no_attention: p.error("--compare trains with attention and without: leave out --no-attention")
+    if args.seeds and not args.compare: p.error("--seeds is for --compare, which is not given; one run takes --seed")
+    if args.compare: args.seeds = args.seeds or _N_SEEDS
     if not args.data: args.n_rooms = args.n_rooms or _N_ROOMS
     return args
 
@@ -178,6 +186,32 @@ def _finish(learn, test, args, before, failed):
     tries('report.md', write_report, out, *said[:2], settings, *said[2:], failed|tries.failed)
     return in_words(*said),failed|tries.failed
 
+# %% ../../nbs/api/walls/commands.ipynb #3cba08bb
+@contextmanager
+def _folder_to_compare_in(out):
+    "A new run folder, or that of a comparison that was stopped"
+    if out and (out/'compare.json').is_file(): yield out
+    else:
+        with _new_folder(out) as new: yield new
+
+def _compare(args):
+    "`selfattn-walls --compare`"
+    out = None
+    try:
+        arch = _find_arch(args.arch)
+        if args.data: wall_items(args.data, **_how(args))
+        with _folder_to_compare_in(args.out) as out:
+            data = args.data or out/'rooms'
+            if not args.data and not data.exists(): _make_items(args, out)
+            walls_of_seed(0, str(data.resolve()), args.size, args.bs, **_how(args))
+        c = compare_walls(data, out, arch, args.seeds, args.size, args.bs, args.epochs, args.lr, args.gamma, args.pretrained, **_how(args))
+    except ValueError as e: raise Failed(str(e), 2) from e
+    except KeyboardInterrupt as e:
+        on = f'; to go on, give the same command and --out {shlex.quote(str(out))}' if out and (out/'compare.json').exists() else ''
+        raise Failed(f'stopped{on}', 130) from e
+    print(f'\n{c}\n\nresults: {out}')
+    return 0
+
 # %% ../../nbs/api/walls/commands.ipynb #c95a1241
 def _to_user(out, model, said, failed):
     "Print the end of a run; `Failed` if the disk did not take all of it"
@@ -199,6 +233,7 @@ def walls_main(
 )->int: # exit status: 0 done, 1 something could not be written, 2 bad input, 130 stopped by Ctrl-C
     "The command `selfattn-walls`"
     args = _walls_args(argv)
+    if args.compare: return _compare(args)
     learn,test = _prepared(args)
     try:
         before = copy.deepcopy(learn.model)
