@@ -95,6 +95,23 @@ def _site(path, calls, attention, nd, layers=()):
                 reason=around or _reason(cs, nd), number=c.out, dtype=c.like.dtype, device=c.like.device,
                 axis=c.sides.channels, turns=c.turns)
 
+# %% ../../nbs/api/placement/sites.ipynb #2ad514e9
+def _plain(path): return '.'.join(p for p in path.split('.') if p != '_orig_mod')
+
+def real_path(
+    model:nn.Module, # any model
+    path:str, # of a module in it, with or without the wrappers of `torch.compile`
+)->str:
+    "Where that module is, inside of all wrappers"
+    m,real = model,[]
+    for name in _plain(path).split('.'):
+        m = m._modules[name]
+        real.append(name)
+        while '_orig_mod' in m._modules:
+            m = m._orig_mod
+            real.append('_orig_mod')
+    return '.'.join(real)
+
 # %% ../../nbs/api/placement/sites.ipynb #fc1c4d9f
 def _is_whole(path, calls, nd):
     "Whether the module holds a whole network: maps that differ by more than a factor of 3 in side, those of one pixel apart"
@@ -143,23 +160,6 @@ def _listed(model, calls, nd):
     for p in found: shown.setdefault(calls[p][-1].out or p, p)                                                 # rule 3: and the first wins
     order = {p:i for i,p in enumerate(calls)}
     return sorted(shown.values(), key=order.get)
-
-# %% ../../nbs/api/placement/sites.ipynb #db362c5d
-def _plain(path): return '.'.join(p for p in path.split('.') if p != '_orig_mod')
-
-def real_path(
-    model:nn.Module, # any model
-    path:str, # of a module in it, with or without the wrappers of `torch.compile`
-)->str:
-    "Where that module is, inside of all wrappers"
-    m,real = model,[]
-    for name in _plain(path).split('.'):
-        m = m._modules[name]
-        real.append(name)
-        while '_orig_mod' in m._modules:
-            m = m._orig_mod
-            real.append('_orig_mod')
-    return '.'.join(real)
 
 # %% ../../nbs/api/placement/sites.ipynb #15c54a57
 def unet_blocks(
@@ -270,16 +270,18 @@ def _bare(model):
 # %% ../../nbs/api/placement/sites.ipynb #e3cfd3ba
 def _run(model, size):
     "Arguments with which `model` runs, words for them, and the trace; `ValueError` if it does not run"
-    with torch.inference_mode(False), torch.no_grad(): tries = list(examples(model, size))
-    for i,(args,where) in enumerate(tries):
-        x = image_of(args)
-        shape = 'x'.join(map(str, x.shape[1:]))
-        what,a = ('image','an image') if x.dim() > 2 else ('vector','a vector')
-        try: return args,f'{what} {shape} ({where})',trace(model, args)
-        except Exception as e:
-            if i+1 < len(tries): continue
-            why = f"this {type(model).__name__} does not run on {a} of {shape} ({where}): {type(e).__name__}: {e}"
-            raise ValueError(f"{why}. Give another `size`, or a batch") from e
+    with torch.inference_mode(False), torch.no_grad():
+        for args,where in examples(model, size):
+            x = image_of(args)
+            what,a = ('image','an image') if x.dim() > 2 else ('vector','a vector')
+            shape = 'x'.join(map(str, x.shape[1:]))
+            try: calls,attention = trace(model, args)
+            except Exception as e:
+                failed,why = e,f"this {type(model).__name__} does not run on {a} of {shape} ({where}): {type(e).__name__}: {e}"
+                continue
+            if size is not None or what == 'image' or any(len(c.as_is) > 2 for cs in calls.values() for c in cs):
+                return args,f'{what} {shape} ({where})',(calls,attention)
+    raise ValueError(f"{why}. Give another `size`, or a batch") from failed
 
 def find_sites(
     model:nn.Module|Learner, # any CNN, or a Learner

@@ -186,7 +186,7 @@ def image_of(args):
     "The image among what a model is called with, or else the first tensor"
     return next(iter((*picture_tensors(args), *tensors(args))))
 
-# %% ../../nbs/api/placement/trace.ipynb #cd47d96a
+# %% ../../nbs/api/placement/trace.ipynb #ce3d2ee7
 def examples(model, size):
     "What `model` might be called with, the likeliest first, and where that is from; `ValueError`/`TypeError` if `size` says nothing"
     n,nd = _vector(model)
@@ -200,10 +200,11 @@ def examples(model, size):
     if n and size is None:
         yield zeros(n),where
         if nd: yield zeros(n, *[1]*nd),where
-    if size is not None or not n or _first_conv(model): yield example(model, size)
+    yield example(model, size)
 
 def map_dims(model, calls, x):
     "Dimensions of the maps of `model` called with `x`: those of most convs, or else of an image, or else of most of what its modules give"
-    convs = Counter(len(c.as_is)-2 for p,_ in _outside(model, (*_convs,*_transposed)) for c in calls.get(p, []))
-    if not convs and x.dim() < 3: convs = Counter(len(c.as_is)-2 for cs in calls.values() for c in cs if len(c.as_is) > 2)
-    return max(convs, key=lambda nd: (convs[nd],nd == x.dim()-2)) if convs else max(1, x.dim()-2)
+    def dims(kinds): return Counter(len(c.as_is)-2 for p,_ in _outside(model, kinds) for c in calls.get(p, []) if len(c.as_is) > 2)
+    found = dims((*_convs,*_transposed))
+    if not found and x.dim() < 3: found = dims(nn.Module)
+    return max(found, key=lambda nd: (found[nd],nd == x.dim()-2)) if found else max(1, x.dim()-2)
