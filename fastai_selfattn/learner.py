@@ -64,14 +64,14 @@ def show_attention(self:Learner,
     max_n:int=3, # how many of the validation set, if no `items` are given
     imsize:float=2., # height of a picture in inches
     layers:str|Sequence[str]=None, # names or patterns of layers; all if None
-    scale:str|float='layer', # a colour scale for each 'layer', one for 'all', or the top of one for all, in averages
+    scale:str|float='picture', # a colour scale for each 'picture' in a layer, each 'layer', 'all', or the top of one for all, in averages
     ax:Axes|np.ndarray=None, # axes in the shape that is returned, or an `Axes` for one map; a new figure if None
 )->np.ndarray: # the axes, a row for each picture and attention layer, a column for the picture and each point
     "Draw what query pixels attend to in the attention layers; `ValueError` as `AttentionRecorder` and `plot.show_attention`"
     p = pictures(self, items, max_n)
     points = _default_points(*p.x.shape[-2:]) if points is None else points
     with torch.no_grad(), eval_mode(self.model) as model, AttentionRecorder(model, points, layers, stats=False) as rec: model(p.x)
-    given = dict(titles=p.names, gammas=rec.gammas, pools=rec.pools)
+    given = dict(titles=p.names, gammas=rec.gammas, pools=rec.pools, changes=rec.changes)
     return plot.show_attention(p.images, rec.maps, rec.points, scale=scale, ax=ax, imsize=imsize, **given)
 
 # %% ../nbs/api/learner.ipynb #3dd1d6cf

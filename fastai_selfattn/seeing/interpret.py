@@ -20,7 +20,7 @@ from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore.basics import patch
 
-from .plot import plot_attention
+from .plot import attention_bar, plot_attention
 from .pictures import pictures
 from .record import AttentionRecorder
 from ..attention.kinds import attention_off
@@ -125,8 +125,8 @@ def plot_top(self:AttentionInterpretation,
     for (left,right),image,m,point,row in zip(axs, p.images, maps, points, rows.itertuples()):
         left.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
         left.set_axis_off()
-        left.set_title(f'picture {row.picture}, loss {row.loss:.3g},\nwithout attention {row.gain:+.2g}', fontsize=9)
+        left.set_title(f'picture {row.picture}, loss {row.loss:.3g},\nwithout attention {row.gain:+.2g},\nwhich changes features by {row.change:.1%}', fontsize=9)
         title = f'pixel {point}, distance {row.distance:.3g},\nentropy {row.entropy_share:.0%} of the most'
         plot_attention(image, m, point, right, vmax=vmax).set_title(title, fontsize=9)
-    right.figure.colorbar(right.images[-1], ax=list(axs[:,1]), label='attention, 1 = average', fraction=.05)
+    attention_bar(list(axs[:,1]))
     return axs

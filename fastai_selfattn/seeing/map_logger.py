@@ -227,7 +227,7 @@ def _overlays(self:AttentionMapLogger):
             fig = Figure(figsize=(2.2*w/h*(len(seen.points)+1)+1, 2.8), dpi=100, layout='constrained')
             axs = fig.subplots(1, len(seen.points)+1, squeeze=False)
             show_attention(self.pictures.images, seen.maps, seen.points, name, i, titles=self.pictures.names,
-                           gammas=seen.gammas, pools=seen.pools, ax=axs)
+                           gammas=seen.gammas, pools=seen.pools, changes=seen.changes, ax=axs)
             yield name,i,_rendered(fig)
 
 def _file(epoch, name, i, ending='png'):

@@ -14,14 +14,38 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..attention.kinds import did_you_mean, path_matches
+from .effect import change_in_words
+
+# %% ../../nbs/api/seeing/plot.ipynb #dc063ae7
+class Averages(Normalize):
+    "Colour scale for weights times the number of cells, from 0 to `vmax`: linear up to 6, beyond that the more logarithmic the higher"
+    @property
+    def bend(self): return max(0., 3-18/self.vmax)
+
+    def __call__(self, value, clip=None):
+        x,is_scalar = self.process_value(value)
+        t = np.log1p(self.bend*x)/math.log1p(self.bend*self.vmax) if self.bend else x/self.vmax
+        return t[0] if is_scalar else t
+
+    def inverse(self, value):
+        t = np.ma.asarray(value)
+        return np.expm1(t*math.log1p(self.bend*self.vmax))/self.bend if self.bend else t*self.vmax
+
+    @property
+    def ticks(self):
+        "Where a colour bar is labelled"
+        if not self.bend: return MaxNLocator(5, steps=[1,2,5,10])
+        steps = (1,2,5) if self.vmax < 25 else (1,3)
+        return FixedLocator([0, *(t for e in range(9) for s in steps if (t := s*10**e) <= self.vmax)])
 
 # %% ../../nbs/api/seeing/plot.ipynb #ba4e7d75
 _magma = colormaps['magma'].with_extremes(bad='#56b4e9')     # a blue that magma does not have, for what is not a number
@@ -45,7 +69,7 @@ def plot_attention(
     ax:Axes=None, # where to draw, a new one if None
     vmax:float=None, # weight, times the number of cells, at the top of the colour scale; the largest there is if None
     alpha:float=.75, # opacity of the map where it is strongest; where it is 0 the image shows through
-    norm:Normalize=None, # another colour scale for weights times the number of cells, such as `LogNorm`; linear from 0 to `vmax` if None
+    norm:Normalize=None, # another colour scale for weights times the number of cells, such as `LogNorm`; `Averages(0, vmax)` if None
 )->Axes: # the map is the last of its images, `ax.images[-1]`, for a colour bar
     "Draw what a query pixel attends to over its image, 1 is the average, blue no number; `ValueError` if shapes or `point` do not fit"
     image,amap = image.detach().cpu().float(),amap.detach().cpu().float()
@@ -57,7 +81,7 @@ def plot_attention(
     ax.imshow(image.numpy(), cmap='gray', vmin=0, vmax=1)
     amap = (amap*amap.numel()).numpy()
     if vmax is None: vmax = np.nan_to_num(amap, nan=0, posinf=0).max()
-    if norm is None: norm = Normalize(0, vmax if vmax > 0 else 1)
+    if norm is None: norm = Averages(0, vmax if vmax > 0 else 1)
     strength = np.nan_to_num(np.ma.filled(norm(amap), 1), nan=1).clip(0, 1)
     ax.imshow(amap, cmap=_magma, norm=norm, alpha=alpha*(.2+.8*strength), extent=(-.5,w-.5,h-.5,-.5))
     _mark(ax, point)
@@ -86,12 +110,13 @@ def given_axes(ax, shape, holds):
     got = 'x'.join(map(str, axs.shape)) if axs.ndim else 'one'
     raise ValueError(f"`ax` must be an array of {'x'.join(map(str, shape))} axes, {holds}; got {got}")
 
-def _colorbar(axs, label='attention,\n1 = average', **kwargs):
-    "A colour bar beside `axs`, for the map that was drawn last, with a line at 1"
+def attention_bar(axs, label='attention,\n1 = average', strongest=0., **kwargs):
+    "A colour bar beside `axs`, for the map that was drawn last, with a line at 1, and an arrow if the `strongest` weight is above its top"
     last = axs[-1].images[-1]
     fraction = .046 if len(axs) == 1 else .035
+    if strongest > last.norm.vmax*1.0001: label,kwargs = f'{label},\nstrongest {strongest:.3g}',dict(extend='max')
     bar = axs[-1].figure.colorbar(last, ax=list(axs), fraction=fraction, pad=.015, shrink=.9, anchor=(0,1), **kwargs)
-    if not isinstance(last.norm, LogNorm): bar.locator = MaxNLocator(5, steps=[1,2,5,10])
+    if isinstance(last.norm, Averages): bar.locator = last.norm.ticks
     bar.set_label(label, fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.ax.axhline(1, color='w', lw=1)
@@ -120,15 +145,27 @@ def _check_maps(images, maps, points):
                              f"got {tuple(images.shape)} and {tuple(m.shape)} for {len(points)} points")
     for p in points: _check_point(p, *images.shape[2:])
 
+def _strongest(m):
+    "The largest weight of all, in averages"
+    return (m*m[0,0].numel()).nan_to_num(0, 0, 0).max().item()
+
+def _strong(m):
+    "The largest weight in averages, where a cell counts for twice the strongest of the eight around it at most"
+    m = F.pad((m*m[0,0].numel()).nan_to_num(0, 0, 0), (1,1,1,1))
+    cells = m.unfold(-2, 3, 1).unfold(-2, 3, 1).flatten(-2)
+    around = cells.index_fill(-1, torch.tensor(4), 0).amax(-1)     # without the cell itself
+    return torch.minimum(cells[...,4], 2*around).max().item()
+
 def _tops(maps, scale):
-    "The top of each layer's colour scale, and whether the colour bar needs an arrow there"
-    if not (scale in ('layer','all') if isinstance(scale, str) else scale > 0):
-        raise ValueError(f"`scale` must be 'layer', 'all' or a number above 0, got {scale!r}")
-    strongest = {name:(m*m[0,0].numel()).nan_to_num(0, 0, 0).max().item() for name,m in maps.items()}
-    if scale == 'layer': return {name:(max(2., s), 'neither') for name,s in strongest.items()}
-    most = max(strongest.values())
-    top = max(2., most) if scale == 'all' else scale
-    return {name:(top, 'max' if most > top else 'neither') for name in maps}
+    "The top of the colour scale of each picture in each layer, and the strongest weight on that scale"
+    if not (scale in ('picture','layer','all') if isinstance(scale, str) else scale > 0):
+        raise ValueError(f"`scale` must be 'picture', 'layer', 'all' or a number above 0, got {scale!r}")
+    rows = {(k,name):m[k:k+1] for name,m in maps.items() for k in range(len(m))}
+    if scale == 'picture': return {row:(max(2., _strong(m)), _strongest(m)) for row,m in rows.items()}
+    of_layer = {name:_strongest(m) for name,m in maps.items()}
+    most = max(of_layer.values())
+    if scale == 'layer': return {(k,name):(max(2., of_layer[name]), of_layer[name]) for k,name in rows}
+    return dict.fromkeys(rows, (max(2., most) if scale == 'all' else scale, most))
 
 # %% ../../nbs/api/seeing/plot.ipynb #dc6506cb
 def _heading(ax, parts, inside=False):
@@ -136,7 +173,8 @@ def _heading(ax, parts, inside=False):
     ax.apply_aspect()
     box = ax.get_position()
     inches = ax.figure.bbox.width/ax.figure.dpi*(box.width if inside else 1-box.x0)
-    return textwrap.fill(', '.join(p.replace(' ', '\xa0') for p in parts if p), max(12, int(13*inches))).replace('\xa0', ' ')
+    whole = [p.replace(' ', '\xa0') if len(p) < 30 else p for p in parts if p]     # a long part is a sentence, and may wrap
+    return textwrap.fill(', '.join(whole), max(12, int(13*inches))).replace('\xa0', ' ')
 
 def _number(ax, points, queries, h, w):
     "Mark the chosen points in a picture, numbered if there are several to choose from"
@@ -167,11 +205,12 @@ def _layer(name):
     if not name: return ''
     return name if any(map(str.isalpha, name)) else f'layer {name}'
 
-def _headings(picture, name, gammas, pools):
-    "The parts of the heading of one picture and layer"
+def _headings(picture, name, gammas, pools, changes, k):
+    "The parts of the heading of one picture, the one at `k`, and layer"
     gamma = f'gamma {gammas[name]:.3g}' if name in gammas else ''
     pool = pools.get(name, 1)
-    return picture,_layer(name),gamma,f'pooled {pool}x{pool}' if pool > 1 else ''
+    change = change_in_words(float(changes[name][k])) if name in changes else ''
+    return picture,_layer(name),gamma,f'pooled {pool}x{pool}' if pool > 1 else '',change
 
 def _pixel(points, i): return f'{i}: pixel {points[i]}' if len(points) > 1 else f'pixel {points[i]}'
 
@@ -195,9 +234,10 @@ def show_attention(
     titles:Sequence[str]=None, # a name for each of `images`
     gammas:dict[str,float]=None, # layer name -> gamma for the headings, as `AttentionRecorder.gammas`
     pools:dict[str,int]=None, # layer name -> side of the windows that keys are pooled over, for the headings
-    scale:str|float='layer', # a colour scale for each 'layer', one for 'all', or the top of one for all, in averages
+    scale:str|float='picture', # a colour scale for each 'picture' in a layer, each 'layer', 'all', or the top of one for all, in averages
     ax:Axes|np.ndarray=None, # axes in the shape that is returned, or an `Axes` if one map is chosen; a new figure if None
     imsize:float=2., # height of a picture in inches, less where the page is too narrow
+    changes:dict[str,Tensor]=None, # layer name -> share of the features of each picture that attention changes, for the headings
 )->np.ndarray: # a row of axes for each picture and layer: the picture, its first text the heading, and each query pixel; or `ax` if one
     "Draw what query pixels attend to, in several pictures and layers, on colour scales; `ValueError` naming what there is if nothing fits"
     maps,points = _choose_layers(maps, layers),[tuple(map(int, p)) for p in points]
@@ -205,19 +245,19 @@ def show_attention(
     pictures,queries = _choose('pictures', len(images), pictures),_choose('queries', len(points), queries)
     maps = {name:m[pictures][:,queries].detach().cpu().float() for name,m in maps.items()}
     tops = _tops(maps, scale)
-    one_scale = len(set(tops.values())) == 1
+    one_scale = len({top for top,_ in tops.values()}) == 1
     rows = [(k,i,name) for k,i in enumerate(pictures) for name in maps]
     alone = isinstance(ax, Axes)
     axs = _rows_of_axes(images, len(rows), len(queries), ax, imsize)
     for (first,*row),(k,i,name) in zip(axs, rows):
-        top,arrow = tops[name]
+        top,strongest = tops[k,name]
         for a,q,amap in zip(row, queries, maps[name][k]):
             plot_attention(images[i], amap, points[q], a, top).set_title(_pixel(points, q), fontsize=9)
-        heading = _headings(f'picture {i}' if titles is None else str(titles[i]), name, gammas or {}, pools or {})
+        heading = _headings(f'picture {i}' if titles is None else str(titles[i]), name, gammas or {}, pools or {}, changes or {}, i)
         if alone: ax.set_title(_heading(ax, (*heading, _pixel(points, queries[0])), inside=True), fontsize=9)
         else: _show_picture(first, images[i], points, queries, heading)
-        if not one_scale: _colorbar([first,*row], extend=arrow)
-    if one_scale: _colorbar([ax] if alone else list(axs.flat), extend=arrow)
+        if not one_scale: attention_bar([first,*row], strongest=strongest)
+    if one_scale: attention_bar([ax] if alone else list(axs.flat), strongest=max(s for _,s in tops.values()))
     return ax if alone else axs
 
 # %% ../../nbs/api/seeing/plot.ipynb #1666b438
@@ -244,12 +284,12 @@ def show_attention_growth(
     for m in maps: _check_map(image, m)
     _check_point(point, *image.shape[-2:])
     idxs = _spread(t, max_n)
-    top,_ = _tops({i:maps[i][None,None] for i in idxs}, 'all')[t-1]
+    top = max(2., *(_strongest(maps[i][None,None]) for i in idxs))
     lines = max(labels[i].count('\n')+1 for i in idxs)
     if ax is not None: axs = given_axes(ax, (len(idxs),), 'one for each map drawn')
     else: axs = _grid(*image.shape[-2:], len(idxs), imsize=imsize, lines=lines)[0]
     for a,i in zip(axs, idxs): plot_attention(image, maps[i], point, a, top).set_title(labels[i], fontsize=9)
-    _colorbar(list(axs))
+    attention_bar(list(axs))
     return axs
 
 # %% ../../nbs/api/seeing/plot.ipynb #ca733b57
@@ -298,5 +338,5 @@ def show_receptive_field(
         plot_attention(image, e, field.point, a, norm=LogNorm(top/1e4, top, clip=True))
         _outline(a, e, field.share)
         a.set_title(f'attention {name}: {_percent(area)} of the picture\nholds {_percent(field.share)} of the gradient', fontsize=9)
-    _colorbar(list(axs), 'gradient energy, 1 = average,\nlogarithmic scale', extend='min')
+    attention_bar(list(axs), 'gradient energy, 1 = average,\nlogarithmic scale', extend='min')
     return axs

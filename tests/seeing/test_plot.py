@@ -271,7 +271,14 @@ def maps(bs=2, n=3):
     def some(h, w, peak): return (peak * torch.rand(bs, n, h * w, generator=gen)).softmax(-1).view(bs, n, h, w)
     return {'body.2': some(3, 5, 1.), 'body.5': some(5, 7, 20.), 'head.attn': some(2, 3, 3.)}
 
-def strongest(m): return m.max().item() * m[0, 0].numel()
+def strongest(m): return m.max().item() * m.shape[-2] * m.shape[-1]
+
+def strong(m):
+    "The largest weight in averages, over all maps of `m`, where a cell counts for twice the strongest of its neighbours at most"
+    def counted(a, r, c):
+        around = [a[i][j] for i in range(max(0, r-1), min(len(a), r+2)) for j in range(max(0, c-1), min(len(a[0]), c+2)) if (i, j) != (r, c)]
+        return min(a[r][c], 2*max(around))
+    return max(counted(a, r, c) for a in m.flatten(0, -3).tolist() for r in range(len(a)) for c in range(len(a[0]))) * m.shape[-2] * m.shape[-1]
 
 def heading(ax): return ' '.join(ax.texts[0].get_text().splitlines())
 
@@ -293,10 +300,68 @@ def test_a_row_for_each_picture_and_layer():
             np.testing.assert_allclose(ax.images[1].get_array(), ms[name][i, k] * ms[name][i, k].numel(), rtol=1e-5)
             assert ax.lines[-1].get_xydata().tolist() == [list(POINTS[k][::-1])] and ax.get_title() == f'{k}: pixel {POINTS[k]}'
             assert ax.get_aspect() == 1 and ax.images[1].get_cmap().name == 'magma'
-            assert ax.images[1].get_clim() == (0, pytest.approx(max(2, strongest(ms[name]))))      # one scale a layer
+            assert ax.images[1].get_clim() == (0, pytest.approx(max(2, strong(ms[name][i]))))      # one scale for each picture in a layer
     assert strongest(ms['body.2']) < 2 and len(bars(axs[0, 0].figure)) == 6
-    assert {bar.get_ylabel() for bar in bars(axs[0, 0].figure)} == {'attention,\n1 = average'}
-    assert [bar.get_ylim()[1] for bar in bars(axs[0, 0].figure)] == pytest.approx([max(2, strongest(m)) for m in ms.values()] * 2)
+    tops = [(strong(m[i]), strongest(m[i])) for i in range(2) for m in ms.values()]
+    assert [bar.get_ylabel() for bar in bars(axs[0, 0].figure)] == ['attention,\n1 = average' + f',\nstrongest {most:.3g}' * (most > max(2, top)) for top, most in tops]
+    assert [bar.get_ylim()[1] for bar in bars(axs[0, 0].figure)] == pytest.approx([max(2, top) for top, _ in tops])
+    axs = show_attention(ims, ms, POINTS, scale='layer')
+    assert all(ax.images[1].get_clim() == (0, pytest.approx(max(2, strongest(ms[name])))) for row, name in zip(axs, [*ms] * 2) for ax in row[1:])
+
+
+def nine(single=118.):
+    "Three pictures with three maps of 24x24 cells each, spots that reach 2.5 to 3.1 averages, and in one map a single cell in the corner"
+    rows, cols = torch.meshgrid(torch.arange(24), torch.arange(24), indexing='ij')
+    m = torch.stack([torch.stack([.6 + (1.9 + .3*k)*torch.exp(-((rows - r)**2 + (cols - 3*k - 5)**2) / 18) for r in (4, 11, 19)]) for k in range(3)])
+    m[1, 2, 23, 0] = single
+    return m / 576
+
+@pytest.mark.parametrize('single', [118., 1e4])
+def test_a_single_cell_leaves_every_map_its_colours(single):
+    "Six of nine maps were plain grey in a real run: one cell of one picture had taken the whole scale"
+    m, ims = nine(single), torch.rand(3, 3, 48, 48)
+    axs = show_attention(ims, {'a.1': m}, [(8, 8), (22, 22), (40, 8)])
+    def colours(ax): return ax.images[1].norm(np.asarray(ax.images[1].get_array()))
+    for row in axs:
+        for ax in row[1:]: assert np.sort(colours(ax).ravel())[-20:].min() > .6 and np.ptp(np.sort(colours(ax).ravel())[:-1]) > .5
+    said = [(bar._colorbar.extend, bar.get_ylabel().splitlines()[2:]) for bar in bars(axs[0, 0].figure)]
+    assert said == [('neither', []), ('max', [f'strongest {single:.3g}']), ('neither', [])]
+    alone = show_attention(ims, {'a.1': m}, [(8, 8), (22, 22), (40, 8)], pictures=1, queries=2, ax=plt.figure().subplots())
+    assert alone.images[1].get_clim()[1] == pytest.approx(strong(m[1:2, 2:])) and strong(m[1:2, 2:]) < 3
+
+
+def test_peaks_of_200_averages_and_what_stands_around_them():
+    "As in paint by swatch: a few cells take nearly all, on one scale with a map that is nearly even"
+    m = torch.full((1, 2, 32, 32), .1)
+    m[0, 0, 4:6, 7:9], m[0, 0, 3, 7:9], m[0, 1] = 200., 10., 1.
+    m[0, 1, 8:12, 8:12] = 3.
+    axs = show_attention(torch.rand(1, 3, 64, 64), {'a.1': m / 1024}, [(9, 9), (40, 40)])
+    norm = axs[0, 1].images[1].norm
+    assert norm.vmax == pytest.approx(200) and axs[0, 2].images[1].get_clim() == (0, norm.vmax)
+    none, little, average, three, halo, half, peak = map(float, norm([0, .1, 1, 3, 10, 100, 200]))
+    assert none == 0 and little < .05 and average > .18 and three > average + .12 and .5 < halo < .6 and .85 < half < .95 and peak == pytest.approx(1)
+    np.testing.assert_allclose(norm.inverse(norm([.1, 1, 30, 200])), [.1, 1, 30, 200], rtol=1e-6)
+    (bar,) = bars(axs[0, 0].figure)
+    axs[0, 0].figure.canvas.draw()
+    assert [t for t in bar.get_yticks() if 0 <= t <= 200] == [0, 1, 3, 10, 30, 100]
+
+
+@pytest.mark.parametrize('top', [2, 6])
+def test_low_scales_are_linear(top):
+    norm = plot_attention(image(), amap(), (7, 20), vmax=top).images[-1].norm
+    np.testing.assert_allclose(norm([0, .5, 1, top]), np.array([0, .5, 1, top]) / top)
+
+
+def test_headings_say_what_attention_adds():
+    changes = {'body.2': torch.tensor([.013, .2]), 'head.attn': torch.tensor([.4, .0049])}
+    axs = show_attention(images(), maps(), POINTS, gammas={'head.attn': .013}, changes=changes)
+    does = ['body.2, attention changes the features by 1%', 'body.5', 'head.attn, gamma 0.013, attention changes the features by 40%',
+            'body.2, attention changes the features by 20%', 'body.5', 'head.attn, gamma 0.013, attention does nothing here: it changes the features by 0.5%']
+    assert [heading(ax) for ax in axs[:, 0]] == [f'picture {i//3}, {said} query pixels' for i, said in enumerate(does)]
+    axs = show_attention(images(), maps(), POINTS, 'head', pictures=1, queries=0, changes=changes)     # `changes` of the picture that is chosen
+    assert 'by 0.5%' in heading(axs[0, 0])
+    ax = show_attention(images(), maps(), POINTS, 'head', pictures=1, queries=0, changes=changes, ax=plt.figure(figsize=(2.5, 2)).subplots())
+    assert 'attention does nothing here: it changes the features by 0.5%' in ' '.join(ax.get_title().splitlines()) and max(map(len, ax.get_title().splitlines())) < 40
 
 
 @pytest.mark.parametrize('scale', ['all', 3., 100])
@@ -314,8 +379,9 @@ def test_maps_that_are_not_numbers_leave_the_scale_to_the_others():
     ms = maps()
     ms['body.5'][0, 0] = torch.nan
     top = strongest(ms['body.5'].nan_to_num(0))
-    for axs in (show_attention(images(), ms, POINTS, 'body.5')[:, 1:], show_attention_growth(image(), ms['body.5'][0], (7, 20))[None]):
+    for axs in (show_attention(images(), ms, POINTS, 'body.5', scale='layer')[:, 1:], show_attention_growth(image(), ms['body.5'][0], (7, 20))[None]):
         assert all(ax.images[1].get_clim() == (0, pytest.approx(top)) for ax in axs.flat)
+        assert np.isfinite(axs[0, 0].images[1].get_alpha()).all()
         top = max(2, strongest(ms['body.5'][:1].nan_to_num(0)))
     assert show_attention_growth(image(), torch.full((2, 3, 5), torch.nan), (7, 20))[0].images[1].get_clim() == (0, 2)
 
@@ -324,7 +390,7 @@ def test_one_layer_has_one_bar_over_what_is_chosen():
     ms = maps()
     axs = show_attention(images(), ms, POINTS, 'body.5', queries=[2], pictures=1)
     (bar,) = bars(axs[0, 0].figure)
-    assert bar.get_ylim()[1] == pytest.approx(strongest(ms['body.5'][1:, 2:])) != strongest(ms['body.5']) and axs.shape == (1, 2)
+    assert bar.get_ylim()[1] == pytest.approx(strong(ms['body.5'][1:, 2:])) != strong(ms['body.5']) and axs.shape == (1, 2)
 
 
 @pytest.mark.parametrize('layers,want', [('body.2', ['body.2']), ('body.*', ['body.2', 'body.5']), (['head.attn', 'body.[2-4]'], ['body.2', 'head.attn']), (['*', 'body.2'], ['body.2', 'body.5', 'head.attn']), (('*.*5',), ['body.5'])], ids=named)
@@ -382,7 +448,7 @@ def test_kinds_of_tensors(kind, channels):
 
 CHOICES = [(dict(layers='tail.*'), r'no layer tail\.\*: there are body\.2, body\.5, head\.attn'), (dict(layers=['body.2', 'x', 'y']), 'no layer x, y: there are'), (dict(layers=[]), 'no layer chosen: there are body'),
            (dict(pictures=2), r'`pictures` must be among 0 to 1, got \[2\]'), (dict(pictures=[0, -3]), r'among 0 to 1, got \[0, -3\]'), (dict(pictures=[]), r'among 0 to 1, got \[\]'),
-           (dict(queries=[3]), r'`queries` must be among 0 to 2, got \[3\]'), (dict(queries='a'), r"among 0 to 2, got \['a'\]"), (dict(scale='layers'), "`scale` must be 'layer', 'all' or a number above 0, got 'layers'"), (dict(scale=0), 'got 0'), (dict(scale=-1.), r'got -1\.0')]
+           (dict(queries=[3]), r'`queries` must be among 0 to 2, got \[3\]'), (dict(queries='a'), r"among 0 to 2, got \['a'\]"), (dict(scale='layers'), "`scale` must be 'picture', 'layer', 'all' or a number above 0, got 'layers'"), (dict(scale=0), 'got 0'), (dict(scale=-1.), r'got -1\.0')]
 
 @pytest.mark.parametrize('kwargs,says', CHOICES, ids=named)
 def test_a_choice_that_fits_nothing_says_what_there_is(kwargs, says):
@@ -406,7 +472,7 @@ def test_one_ax_takes_one_map():
     assert show_attention(images(), ms, POINTS, 'body.5', 1, 2, ax=ax, gammas={'body.5': .5}, pools={'body.5': 2}) is ax and state() == before
     np.testing.assert_allclose(ax.images[1].get_array(), ms['body.5'][1, 2] * 35, rtol=1e-5)
     assert ' '.join(ax.get_title().splitlines()) == 'picture 1, body.5, gamma 0.5, pooled 2x2, 2: pixel (32, 0)'
-    assert ax.images[1].get_clim()[1] == bars(fig)[0].get_ylim()[1] == pytest.approx(strongest(ms['body.5'][1:, 2:])) and len(fig.axes) == 2
+    assert ax.images[1].get_clim()[1] == bars(fig)[0].get_ylim()[1] == pytest.approx(strong(ms['body.5'][1:, 2:])) and len(fig.axes) == 2
     for kwargs, n, shape in ((dict(), 18, '6x4'), (dict(layers='body.2', queries=0), 2, '2x2'), (dict(layers='body.2', pictures=0), 3, '1x4')):
         with pytest.raises(ValueError, match=f'one `ax` holds one map, and {n} are chosen: choose one, or give an array of {shape} axes'): show_attention(images(), ms, POINTS, ax=ax, **kwargs)
 
@@ -417,7 +483,7 @@ def test_an_array_of_axes_is_drawn_into_and_returned(given):
     plt.figure()
     before = state()
     got = show_attention(images(), maps(), POINTS, 'body.5', ax=given(axs))
-    assert got.shape == (2, 4) and all(a is b for a, b in zip(got.flat, axs.flat)) and state() == before and len(fig.axes) == 9
+    assert got.shape == (2, 4) and all(a is b for a, b in zip(got.flat, axs.flat)) and state() == before and len(fig.axes) == 10
     assert [len(ax.images) for ax in axs.flat] == [1, 2, 2, 2] * 2
     want = show_attention(images(), maps(), POINTS, 'body.5')
     for a, b in zip(got[:, 1:].flat, want[:, 1:].flat): np.testing.assert_array_equal(a.images[1].get_array(), b.images[1].get_array())
