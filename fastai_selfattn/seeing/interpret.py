@@ -125,7 +125,8 @@ def plot_top(self:AttentionInterpretation,
     for (left,right),image,m,point,row in zip(axs, p.images, maps, points, rows.itertuples()):
         left.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
         left.set_axis_off()
-        left.set_title(f'picture {row.picture}, loss {row.loss:.3g},\nwithout attention {row.gain:+.2g},\nwhich changes features by {row.change:.1%}', fontsize=9)
+        worth = f'without attention {row.gain:+.2g},\nwhich changes the features by {row.change:.1%}'
+        left.set_title(f'picture {row.picture}, loss {row.loss:.3g},\n{worth}', fontsize=9)
         title = f'pixel {point}, distance {row.distance:.3g},\nentropy {row.entropy_share:.0%} of the most'
         plot_attention(image, m, point, right, vmax=vmax).set_title(title, fontsize=9)
     attention_bar(list(axs[:,1]))

@@ -17,8 +17,10 @@ import pandas as pd
 import torch
 from PIL import Image
 from fastai.learner import Learner
+from fastai.vision.augment import AffineCoordTfm, Resize, ResizeMethod
 from fastai.vision.core import TensorImage
-from torch import Tensor
+from fastcore.basics import noop
+from torch import Tensor, nn
 
 from ..quiet import one_batch, random_kept
 
@@ -29,6 +31,7 @@ class Pictures(NamedTuple):
     images:Tensor   # (bs, 1 or 3, h, w) from 0 to 1, on the CPU
     items:list      # what they were made from
     names:list      # what to call them: file names, numbers, else 'picture 0' and so on
+    shapes:list     # (h, w) in whose proportions to draw each: its own where the pipeline squeezes it, else as the model takes it
 
 def _as_seen(t):
     "Pictures (bs, c, h, w) of any range and number of channels as (bs, 1 or 3, h, w) from 0 to 1"
@@ -65,6 +68,22 @@ def _batch(dls, items, max_n):
     dl = dls.test_dl(shown, bs=len(shown), num_workers=0)
     return shown,dl,dl.one_batch()
 
+def _size(o): return (o.height,o.width) if isinstance(o, Image.Image) else tuple(o.shape[-2:])
+
+def _shapes(dl, x):
+    "(h, w) in whose proportions people should see each picture of `x`: those from before fastai's transforms squeezed it"
+    item,batch = getattr(dl, 'after_item', ()),getattr(dl, 'after_batch', ())
+    by_item = any(isinstance(t, Resize) and t.method == ResizeMethod.Squish for t in item)
+    by_batch = any(isinstance(t, AffineCoordTfm) and t.size is not None for t in batch)
+    h,w = x.shape[-2:]
+    if not (by_item or by_batch): return [(h,w)]*len(x)
+    def shape(i):
+        before = dl.dataset[i]
+        (h0,w0),(h1,w1) = _size(before[0]),_size(item(before)[0])
+        stretch = (h0*w1/(w0*h1) if by_item else 1)*(h1*w/(w1*h) if by_batch else 1)
+        return (round(h*stretch),w) if stretch > 1 else (h,round(w/stretch))
+    return [shape(i) for i in range(len(x))]
+
 def pictures(
     learn:Learner, # its `dls` make the pictures
     items:Sequence=None, # such as file names, for its pipeline, or (bs, c, h, w), for its model; the first of the validation set if None
@@ -76,11 +95,28 @@ def pictures(
     if len(dls.loaders) < 2:
         raise ValueError("these DataLoaders have no validation set, and its pipeline prepares the pictures: give the Learner one")
     with random_kept(): shown,dl,batch = _batch(dls, items, max_n)
-    x = batch[0]
+    x,is_made = batch[0],not isinstance(items, Tensor)
     if not isinstance(x, Tensor) or x.dim() != 4:
         raise ValueError(f"pictures must be (bs, channels, h, w), got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}")
     if not len(x): raise _none(items, max_n)
     seen = dl.decode(tuple(batch))[0] if hasattr(dl, 'decode') else x
     shown = [row for _,row in shown.iterrows()] if isinstance(shown, pd.DataFrame) else list(shown)[:len(x)]
+    with random_kept(): shapes = _shapes(dl if is_made else None, x)
     device = next(learn.model.parameters()).device
-    return Pictures(x.as_subclass(Tensor).to(device), _as_seen(seen), shown, [_name(o, i) for i,o in enumerate(shown)])
+    return Pictures(x.as_subclass(Tensor).to(device), _as_seen(seen), shown, [_name(o, i) for i,o in enumerate(shown)], shapes)
+
+# %% ../../nbs/api/seeing/pictures.ipynb #b9ad5dbf
+def predicted_classes(
+    loss_func, # of the Learner; fastai's know how to decode
+    out, # what the model gave, (bs, classes, h, w) for a mask
+    size:tuple[int,int], # of the pictures (h, w)
+)->Tensor|None: # (bs, h, w) class of each pixel, on the CPU; None if that is not what the model predicts
+    "What a model says each pixel of its pictures is"
+    if not isinstance(out, Tensor) or out.dim() != 4 or tuple(out.shape[2:]) != tuple(size): return None
+    out = out.detach().as_subclass(Tensor).float().cpu()
+    if isinstance(loss_func, nn.CrossEntropyLoss): classes = out.argmax(1)
+    elif isinstance(loss_func, nn.BCEWithLogitsLoss): classes = out > 0
+    elif hasattr(loss_func, 'decodes'): classes = loss_func.decodes(getattr(loss_func, 'activation', noop)(out))
+    else: return None
+    if classes.dim() == 4 and classes.shape[1] == 1: classes = classes[:,0]
+    return classes.int() if classes.dim() == 3 and not classes.is_floating_point() else None

@@ -20,6 +20,7 @@ from torch import nn
 from fastai_selfattn.seeing.chart import plot_attention_stats, plot_gamma, plot_sites
 from fastai_selfattn.seeing.plot import plot_attention, show_attention, show_attention_growth, show_receptive_field
 from fastai_selfattn.placement.sites import Site, attention_sites
+from watched import top_weight
 
 H, W = 33, 50
 
@@ -274,11 +275,8 @@ def maps(bs=2, n=3):
 def strongest(m): return m.max().item() * m.shape[-2] * m.shape[-1]
 
 def strong(m):
-    "The largest weight in averages, over all maps of `m`, where a cell counts for twice the strongest of its neighbours at most"
-    def counted(a, r, c):
-        around = [a[i][j] for i in range(max(0, r-1), min(len(a), r+2)) for j in range(max(0, c-1), min(len(a[0]), c+2)) if (i, j) != (r, c)]
-        return min(a[r][c], 2*max(around))
-    return max(counted(a, r, c) for a in m.flatten(0, -3).tolist() for r in range(len(a)) for c in range(len(a[0]))) * m.shape[-2] * m.shape[-1]
+    "The top of the colour scale of maps `m`, in averages"
+    return max(map(top_weight, m.flatten(0, -3).tolist())) * m.shape[-2] * m.shape[-1]
 
 def heading(ax): return ' '.join(ax.texts[0].get_text().splitlines())
 
