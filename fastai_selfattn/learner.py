@@ -26,7 +26,7 @@ from .attention.layers import SelfAttention
 from .quiet import eval_mode
 from .seeing.effect import AttentionEffect, attention_effect as _attention_effect
 from .seeing.field import receptive_field
-from .seeing.pictures import pictures
+from .seeing.pictures import pictures, predicted_classes
 from .seeing.record import AttentionRecorder
 from .placement.sites import Site, Sites, attention_sites as _attention_sites
 from .placement.upgrade import Upgrade, upgrade_attention as _upgrade_attention
@@ -66,12 +66,15 @@ def show_attention(self:Learner,
     layers:str|Sequence[str]=None, # names or patterns of layers; all if None
     scale:str|float='picture', # a colour scale for each 'picture' in a layer, each 'layer', 'all', or the top of one for all, in averages
     ax:Axes|np.ndarray=None, # axes in the shape that is returned, or an `Axes` for one map; a new figure if None
+    head:int=None, # maps of this head, counted from 0; the mean of the heads if None
 )->np.ndarray: # the axes, a row for each picture and attention layer, a column for the picture and each point
     "Draw what query pixels attend to in the attention layers; `ValueError` as `AttentionRecorder` and `plot.show_attention`"
     p = pictures(self, items, max_n)
     points = _default_points(*p.x.shape[-2:]) if points is None else points
-    with torch.no_grad(), eval_mode(self.model) as model, AttentionRecorder(model, points, layers, stats=False) as rec: model(p.x)
-    given = dict(titles=p.names, gammas=rec.gammas, pools=rec.pools, changes=rec.changes)
+    with torch.no_grad(), eval_mode(self.model) as model:
+        with AttentionRecorder(model, points, layers, False, head=head) as rec: out = model(p.x)
+    seen = dict(gammas=rec.gammas, pools=rec.pools, changes=rec.changes, places=rec.places, head=head)
+    given = dict(titles=p.names, shapes=p.shapes, masks=predicted_classes(self.loss_func, out, p.x.shape[-2:]), **seen)
     return plot.show_attention(p.images, rec.maps, rec.points, scale=scale, ax=ax, imsize=imsize, **given)
 
 # %% ../nbs/api/learner.ipynb #3dd1d6cf
@@ -87,7 +90,7 @@ def show_receptive_field(self:Learner,
 )->np.ndarray: # the two axes
     "Draw an output pixel's effective receptive field without and with attention over the first picture; `ValueError` as `receptive_field`"
     p = pictures(self, items, max_n)
-    return plot.show_receptive_field(p.images[0], receptive_field(self.model, p.x, point, channel, module), ax, imsize)
+    return plot.show_receptive_field(p.images[0], receptive_field(self.model, p.x, point, channel, module), ax, imsize, p.shapes[0])
 
 # %% ../nbs/api/learner.ipynb #25b2eb82
 @patch

@@ -20,7 +20,8 @@ from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore.basics import patch
 
-from .plot import attention_bar, plot_attention
+from .plot import plot_attention
+from .scale import attention_bar
 from .pictures import pictures
 from .record import AttentionRecorder
 from ..attention.kinds import attention_off

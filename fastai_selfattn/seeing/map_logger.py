@@ -174,10 +174,12 @@ def maps(self:AttentionMapLogger,
 @patch
 def _one(self:AttentionMapLogger, picture, point, layer):
     "Picture, maps over time, query pixel and labels of one query pixel"
-    _,epochs,gammas,maps = self.maps(layer)
+    layer,epochs,gammas,maps = self.maps(layer)
     for what,i,n in (('picture',picture,maps.shape[1]),('point',point,maps.shape[2])):
         if not -n <= i < n: raise ValueError(f"`{what}` must be 0 to {n-1}, got {i}")
-    labels = [f'epoch {e}\ngamma {g:.3g}' if g == g else f'epoch {e}' for e,g in zip(epochs, gammas)]     # NaN where there is none
+    shares = [f'\nadds {seen.changes[layer][picture]:.1%}' for seen in self._seen if layer in seen.maps]
+    numbers = [f'\ngamma {g:.3g}' if g == g else '' for g in gammas]     # NaN where there is none
+    labels = [f'epoch {e}{g}{s}' for e,g,s in zip(epochs, numbers, shares)]
     return self.pictures.images[picture],maps[:,picture,point],self._seen[-1].points[point],labels
 
 # %% ../../nbs/api/seeing/map_logger.ipynb #ee29e156
@@ -191,7 +193,7 @@ def show_growth(self:AttentionMapLogger,
 )->np.ndarray: # the axes
     "Draw how the map of one query pixel grew over the epochs; `ValueError` as `maps`"
     image,maps,at,labels = self._one(picture, point, layer)
-    return show_attention_growth(image, maps, at, labels, max_n, ax)
+    return show_attention_growth(image, maps, at, labels, max_n, ax, shape=self.pictures.shapes[picture])
 
 # %% ../../nbs/api/seeing/map_logger.ipynb #aa497fd9
 @patch
@@ -210,7 +212,7 @@ def save_gif(self:AttentionMapLogger,
     ax = fig.subplots()
     for m,label in zip(maps, labels):
         ax.clear()
-        plot_attention(image, m, at, ax, vmax=vmax).set_title(label.replace('\n', ', '), fontsize=9)
+        plot_attention(image, m, at, ax, vmax=vmax, shape=self.pictures.shapes[picture]).set_title(label.replace('\n', ', '), fontsize=9)
         if not frames: fig.colorbar(ax.images[-1], ax=ax, shrink=.8, label='attention, 1 = average')
         frames.append(Image.fromarray(_rendered(fig)))
         fig.set_layout_engine('none')     # every frame is laid out as the first one, which saves time besides
@@ -227,7 +229,7 @@ def _overlays(self:AttentionMapLogger):
             fig = Figure(figsize=(2.2*w/h*(len(seen.points)+1)+1, 2.8), dpi=100, layout='constrained')
             axs = fig.subplots(1, len(seen.points)+1, squeeze=False)
             show_attention(self.pictures.images, seen.maps, seen.points, name, i, titles=self.pictures.names,
-                           gammas=seen.gammas, pools=seen.pools, changes=seen.changes, ax=axs)
+                           gammas=seen.gammas, pools=seen.pools, changes=seen.changes, shapes=self.pictures.shapes, ax=axs)
             yield name,i,_rendered(fig)
 
 def _file(epoch, name, i, ending='png'):

@@ -72,9 +72,9 @@ def _size(o): return (o.height,o.width) if isinstance(o, Image.Image) else tuple
 
 def _shapes(dl, x):
     "(h, w) in whose proportions people should see each picture of `x`: those from before fastai's transforms squeezed it"
-    item,batch = getattr(dl, 'after_item', ()),getattr(dl, 'after_batch', ())
-    by_item = any(isinstance(t, Resize) and t.method == ResizeMethod.Squish for t in item)
-    by_batch = any(isinstance(t, AffineCoordTfm) and t.size is not None for t in batch)
+    item,batch = (getattr(dl, name, None) for name in ('after_item','after_batch'))     # a `Pipeline` in the loaders that fastai makes
+    by_item = any(isinstance(t, Resize) and t.method == ResizeMethod.Squish for t in getattr(item, 'fs', ()))
+    by_batch = any(isinstance(t, AffineCoordTfm) and t.size is not None for t in getattr(batch, 'fs', ()))
     h,w = x.shape[-2:]
     if not (by_item or by_batch): return [(h,w)]*len(x)
     def shape(i):
@@ -105,7 +105,7 @@ def pictures(
     device = next(learn.model.parameters()).device
     return Pictures(x.as_subclass(Tensor).to(device), _as_seen(seen), shown, [_name(o, i) for i,o in enumerate(shown)], shapes)
 
-# %% ../../nbs/api/seeing/pictures.ipynb #b9ad5dbf
+# %% ../../nbs/api/seeing/pictures.ipynb #8d9df0f6
 def predicted_classes(
     loss_func, # of the Learner; fastai's know how to decode
     out, # what the model gave, (bs, classes, h, w) for a mask

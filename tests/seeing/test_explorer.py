@@ -28,7 +28,7 @@ from fastai_selfattn.seeing.explorer import Explorer, _data, _off, _outline, _pa
 from fastai_selfattn.attention.layers import PooledSelfAttention2d, SelfAttention
 from fastai_selfattn.quiet import eval_mode
 from fastai_selfattn.seeing.pictures import pictures
-from fastai_selfattn.seeing.plot import Averages
+from fastai_selfattn.seeing.scale import Averages
 from fastai_selfattn.seeing.record import AttentionRecorder
 from fastai_selfattn.walls.rooms import render_room
 from watched import top_weight
@@ -659,6 +659,7 @@ def test_heads(browser, learn, page, recorded):
         assert browser.stats()['distance'] == pytest.approx(rec.stats['heads'].distance[1, 8, 15].item(), rel=1e-3)
         seen[head] = browser.weights()
     assert abs(seen[0] - seen[1]).max() > 10*page.off
+    browser.js('document.activeElement.blur()')
     browser.keys('h')
     assert 'head' not in browser.state()['a']
     browser.keys('h')
@@ -738,7 +739,7 @@ def test_the_picture_in_colour_with_the_prediction_as_an_outline(browser, tmp_pa
     canvas = browser.find('.photo canvas')
     browser.actions().move_to_element_with_offset(canvas, round(.4*canvas.size['width']), 0).click().perform()
     browser.frame()
-    assert browser.state()['point'] == [18, 54]                  # a click there counts too
+    np.testing.assert_allclose(browser.state()['point'], [18, 54], atol=1)      # a click there counts too
 
 
 @pytest.mark.parametrize('mask', [torch.zeros(3, 4), torch.tensor([[0, 1, 0], [2, 2, 1]]), torch.randint(0, 3, (17, 23), generator=torch.Generator().manual_seed(1))], ids=['flat', 'small', 'random'])

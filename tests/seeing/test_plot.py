@@ -426,6 +426,35 @@ def test_headings():
     assert [heading(ax) for ax in axs[:, 0]] == [f'b.png, {s} query pixels' for s in ('body.2, gamma -0.0123', 'body.5, gamma 0, pooled 2x2', 'head.attn')]
 
 
+def test_headings_name_places_before_paths_and_the_head():
+    axs = show_attention(images(), maps(), POINTS, pictures=0, places={'body.5': 'decoder.1'}, head=2, gammas={'body.5': .5})
+    assert [heading(ax) for ax in axs[:, 0]] == [f'picture 0, {s} query pixels' for s in ('body.2, head 2', 'decoder.1 (body.5), head 2, gamma 0.5', 'head.attn, head 2')]
+
+
+def test_pictures_that_were_squeezed_have_their_own_proportions():
+    shapes = [(33, 100), (90, 50)]
+    axs = show_attention(images(), maps(n=1), POINTS[:1], 'body.2', shapes=shapes)
+    axs[0, 0].figure.canvas.draw()
+    for row, (h, w) in zip(axs, shapes):
+        for ax in row:
+            box = ax.get_window_extent()
+            assert box.height / box.width == pytest.approx(h / w, rel=.01)
+            assert {tuple(im.get_extent()) for im in ax.images} == {(-.5, W - .5, H - .5, -.5)}      # coordinates stay pixels of the model's input
+    for axs in (show_attention_growth(image(), maps()['body.2'][0], (7, 20), shape=(33, 100)), [plot_attention(image(), amap(), (7, 20), shape=(33, 100))]):
+        axs[0].figure.canvas.draw()
+        assert all(ax.get_window_extent().width / ax.get_window_extent().height == pytest.approx(100 / 33, rel=.01) for ax in axs)
+
+
+def test_what_is_predicted_is_outlined_in_the_picture():
+    masks = torch.zeros(2, H, W, dtype=torch.int)
+    masks[1, 5:20, 10:30] = 2
+    axs = show_attention(images(), maps(n=1), POINTS[:1], 'body.2', masks=masks)
+    assert [len(ax.collections) for ax in axs.flat] == [0, 0, 2, 0]
+    line = np.concatenate(axs[1, 0].collections[0].get_paths()[0].to_polygons())
+    assert (line.min(0).tolist(), line.max(0).tolist()) == ([9.5, 4.5], [29.5, 19.5])
+    assert axs[1, 0].get_xlim() == (-.5, W - .5) and axs[1, 0].get_ylim() == (H - .5, -.5)
+
+
 def test_one_point_has_no_number():
     axs = show_attention(images(), maps(n=1), POINTS[:1], 'body.2')
     assert axs[0, 1].get_title() == 'pixel (7, 20)' and not badges(axs[0, 0])
