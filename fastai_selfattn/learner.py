@@ -142,3 +142,8 @@ def attention_effect(self:Learner,
 def upgrade_attention(self:Learner)->Upgrade: # what was changed and what was left alone
     "`upgrade.upgrade_attention` of this Learner's model"
     return _upgrade_attention(self)
+
+# %% ../nbs/api/learner.ipynb #b2d63e8d
+def methods():
+    "The methods of `Learner` that this module added"
+    return [m for m in vars(Learner).values() if getattr(m, '__module__', '') == __name__]

@@ -48,7 +48,7 @@ _orders = {'farthest':('distance',False), 'sharpest':('entropy_share',True), 'lo
 class AttentionInterpretation:
     "What attention does in each picture of a data set, and what it is worth there (after `fastai.interpret.Interpretation`)"
     def __init__(self,
-        learn:Learner,
+        learn:Learner, # whose model was looked at
         dl:DataLoader, # that gives the pictures, in a fixed order
         df:pd.DataFrame, # as `from_learner` makes it
     ): self.learn,self.dl,self.df = learn,dl,df
