@@ -7,12 +7,12 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/tell.html.md"""
 # %% auto #0
 __all__ = ['tell']
 
-# %% ../nbs/api/tell.ipynb #e8cfc6d7
+# %% ../nbs/api/tell.ipynb #63b8cc4b
 import inspect
 import linecache
 import re
 
-# %% ../nbs/api/tell.ipynb #9b37a8da
+# %% ../nbs/api/tell.ipynb #d52e8a9a
 def _says(f):
     "A line for each parameter of `f` that has a comment, and for what is given back; nothing where there is no source"
     code,told,given = inspect.unwrap(f).__code__,[],[]
@@ -33,7 +33,7 @@ def _add(thing, f):
     lines = _says(f)
     if lines: thing.__doc__ = '\n'.join([doc, '', *lines]).strip()
 
-# %% ../nbs/api/tell.ipynb #d621413a
+# %% ../nbs/api/tell.ipynb #58585717
 def tell(
     *things, # functions and classes; of a class its public methods too
 ):

@@ -84,6 +84,7 @@ def _shapes(dl, x):
         return (round(h*stretch),w) if stretch > 1 else (h,round(w/stretch))
     return [shape(i) for i in range(len(x))]
 
+# %% ../../nbs/api/seeing/pictures.ipynb #e8f771fd
 def pictures(
     learn:Learner, # its `dls` make the pictures
     items:Sequence=None, # such as file names, for its pipeline, or (bs, c, h, w), for its model; the first of the validation set if None
@@ -105,7 +106,7 @@ def pictures(
     device = next(learn.model.parameters()).device
     return Pictures(x.as_subclass(Tensor).to(device), _as_seen(seen), shown, [_name(o, i) for i,o in enumerate(shown)], shapes)
 
-# %% ../../nbs/api/seeing/pictures.ipynb #8d9df0f6
+# %% ../../nbs/api/seeing/pictures.ipynb #42cb79c8
 def predicted_classes(
     loss_func, # of the Learner; fastai's know how to decode
     out, # what the model gave, (bs, classes, h, w) for a mask

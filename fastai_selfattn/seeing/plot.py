@@ -44,6 +44,7 @@ def _aspect(image, shape):
     h,w = image.shape[-2:]
     return shape[0]*w/(shape[1]*h) if shape else 1
 
+# %% ../../nbs/api/seeing/plot.ipynb #4c058b7d
 def plot_attention(
     image:Tensor, # (h, w), (1, h, w) or (3, h, w) image, values 0 to 1
     amap:Tensor, # (mh, mw) weights of one query pixel, as a row of `ops.attention_weights`; sums to 1
