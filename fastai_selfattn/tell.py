@@ -7,12 +7,12 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/tell.html.md"""
 # %% auto #0
 __all__ = ['tell']
 
-# %% ../nbs/api/tell.ipynb #63b8cc4b
+# %% ../nbs/api/tell.ipynb #f03c7f59
 import inspect
 import linecache
 import re
 
-# %% ../nbs/api/tell.ipynb #d52e8a9a
+# %% ../nbs/api/tell.ipynb #6ccd05f9
 def _says(f):
     "A line for each parameter of `f` that has a comment, and for what is given back; nothing where there is no source"
     code,told,given = inspect.unwrap(f).__code__,[],[]
@@ -21,9 +21,10 @@ def _says(f):
         start = re.match(r'def \w+\(', what)
         if start and ')' in what: break     # all in one line: no comments
         if start: what = what[start.end():]
-        if what.startswith(')'): given = [f'Returns: {comment}']*bool(comment)
-        elif comment and (name := re.match(r'\*{0,2}\w+', what)): told.append(f'  {name[0]}: {comment}')
-        if what.endswith(':') or what.startswith(('"',"'")): break     # the end of the signature
+        if what.startswith(')'):     # the end of the signature
+            given = [f'Returns: {comment}']*bool(comment)
+            break
+        if comment and (name := re.match(r'\*{0,2}\w+', what)): told.append(f'  {name[0]}: {comment}')
     return ['Parameters:']*bool(told) + told + given
 
 def _add(thing, f):
@@ -33,7 +34,7 @@ def _add(thing, f):
     lines = _says(f)
     if lines: thing.__doc__ = '\n'.join([doc, '', *lines]).strip()
 
-# %% ../nbs/api/tell.ipynb #58585717
+# %% ../nbs/api/tell.ipynb #372ef286
 def tell(
     *things, # functions and classes; of a class its public methods too
 ):

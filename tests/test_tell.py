@@ -55,6 +55,17 @@ def test_what_is_written_how_is_read():
     def g(a, b=1): return a # nothing
     tell(g)
     assert g.__doc__ is None
+    class C:
+        "C"
+        def __init__(self,
+            a:int, # in metres
+        ): self.a = a
+        def other(self,
+            b:int, # in seconds
+        )->int: # nothing
+            "O"
+    tell(C)
+    assert C.__doc__ == 'C\n\nParameters:\n  a: in metres' and C.other.__doc__ == 'O\n\nParameters:\n  b: in seconds\nReturns: nothing'
     class Empty(int): "Empty"
     tell(Empty)
     assert Empty.__doc__ == 'Empty'
