@@ -44,7 +44,7 @@ def _aspect(image, shape):
     h,w = image.shape[-2:]
     return shape[0]*w/(shape[1]*h) if shape else 1
 
-# %% ../../nbs/api/seeing/plot.ipynb #4c058b7d
+# %% ../../nbs/api/seeing/plot.ipynb #fb012665
 def plot_attention(
     image:Tensor, # (h, w), (1, h, w) or (3, h, w) image, values 0 to 1
     amap:Tensor, # (mh, mw) weights of one query pixel, as a row of `ops.attention_weights`; sums to 1
@@ -83,7 +83,7 @@ def _grid(h, w, n, blocks=1, imsize=2., lines=1):
     nrows = math.ceil(n/ncols)
     ncols = math.ceil(n/nrows)
     width = min(imsize*w/h, room/ncols)
-    figsize = max(1.45, width)*ncols+1, (width*h/w+.17*lines+.1)*blocks*nrows
+    figsize = max(1.45, width)*ncols+1, (width*h/w+.17*lines+.12)*blocks*nrows
     axs = plt.subplots(blocks*nrows, ncols, figsize=figsize, squeeze=False, layout='constrained')[1].reshape(blocks, -1)
     for ax in axs[:,n:].flat: ax.remove()
     return axs[:,:n]

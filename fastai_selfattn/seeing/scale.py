@@ -7,7 +7,7 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/seeing/scale.html.md
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/seeing/scale.ipynb #a45b6e69
+# %% ../../nbs/api/seeing/scale.ipynb #b859e523
 import math
 
 import numpy as np
@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../../nbs/api/seeing/scale.ipynb #1bca782d
+# %% ../../nbs/api/seeing/scale.ipynb #301ab16e
 class Averages(Normalize):
     "Colour scale for weights times the number of cells, from 0 to `vmax`: linear up to 6, beyond that the more logarithmic the higher"
     @property
@@ -39,7 +39,7 @@ class Averages(Normalize):
         steps = (1,2,5) if self.vmax < 25 else (1,3)
         return FixedLocator([0, *(t for e in range(9) for s in steps if (t := s*10**e) <= self.vmax)])
 
-# %% ../../nbs/api/seeing/scale.ipynb #f4616cc8
+# %% ../../nbs/api/seeing/scale.ipynb #a7b553e6
 def strongest(m):
     "The largest weight of all, in averages"
     return (m*m[0,0].numel()).nan_to_num(0, 0, 0).max().item()
@@ -62,14 +62,18 @@ def tops_of(maps, scale):
     if scale == 'layer': return {(k,name):(max(2., of_layer[name]), of_layer[name]) for k,name in rows}
     return dict.fromkeys(rows, (max(2., most) if scale == 'all' else scale, most))
 
-# %% ../../nbs/api/seeing/scale.ipynb #92682de0
+# %% ../../nbs/api/seeing/scale.ipynb #78bf3a67
 def attention_bar(axs, label='attention,\n1 = average', strongest=0., **kwargs):
-    "A colour bar beside `axs`, for the map that was drawn last, with a line at 1, and an arrow if the `strongest` weight is above its top"
+    "A colour bar beside `axs`, for the map drawn last, with a line at 1; an arrow with a number if the `strongest` is above its top"
     last = axs[-1].images[-1]
     fraction = .046 if len(axs) == 1 else .035
-    if strongest > last.norm.vmax*1.0001: label,kwargs = f'{label},\nstrongest {strongest:.3g}',dict(extend='max')
+    top,is_cut = last.norm.vmax,strongest > last.norm.vmax*1.0001
+    if is_cut: kwargs = dict(extend='max')
     bar = axs[-1].figure.colorbar(last, ax=list(axs), fraction=fraction, pad=.015, shrink=.9, anchor=(0,1), **kwargs)
     if isinstance(last.norm, Averages): bar.locator = last.norm.ticks
+    if is_cut:
+        below = [t for t in last.norm.ticks.tick_values(0, top) if last.norm(t) < .85]
+        bar.set_ticks([*below, top], labels=[*(f'{t:g}' for t in below), f'to {strongest:.3g}'])
     bar.set_label(label, fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.ax.axhline(1, color='w', lw=1)
