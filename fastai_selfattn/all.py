@@ -21,6 +21,7 @@ from fastai_selfattn.seeing.interpret import AttentionInterpretation
 from fastai_selfattn.seeing.map_logger import AttentionMapLogger
 from fastai_selfattn.seeing.plot import plot_attention, show_attention, show_attention_growth, show_receptive_field
 from fastai_selfattn.seeing.record import AttentionRecorder
+from fastai_selfattn.tell import tell
 
 __all__ = ['attend', 'attention_backend', 'attention_stats', 'attention_weights', 'dot_attend', 'which_backend',
            'SelfAttention', 'PooledSelfAttention2d', 'PaperSelfAttention', 'SimpleSelfAttention', 'fuse_attention',
@@ -32,3 +33,5 @@ __all__ = ['attend', 'attention_backend', 'attention_stats', 'attention_weights'
            'AttentionRecorder', 'receptive_field', 'GammaLogger', 'AttentionMapLogger', 'AttentionInterpretation', 'attention_explorer',
            'plot_attention', 'plot_attention_stats', 'plot_gamma', 'plot_sites',
            'show_attention', 'show_attention_growth', 'show_receptive_field']
+
+tell(*(globals()[name] for name in __all__), *learner.methods())

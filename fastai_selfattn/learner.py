@@ -33,7 +33,7 @@ from .export import to_onnx as _to_onnx, to_program as _to_program, to_torchscri
 from .quiet import eval_mode
 from .seeing.effect import AttentionEffect, attention_effect as _attention_effect
 from .seeing.field import receptive_field
-from .seeing.pictures import pictures
+from .seeing.pictures import pictures, predicted_classes
 from .seeing.record import AttentionRecorder
 from .placement.sites import Site, Sites, attention_sites as _attention_sites
 from .placement.upgrade import Upgrade, upgrade_attention as _upgrade_attention
@@ -71,9 +71,10 @@ def show_attention(self:Learner,
     max_n:int=3, # how many of the validation set, if no `items` are given
     imsize:float=2., # height of a picture in inches
     layers:str|Sequence[str]=None, # names or patterns of layers; all if None
-    scale:str|float='layer', # a colour scale for each 'layer', one for 'all', or the top of one for all, in averages
+    scale:str|float='picture', # a colour scale for each 'picture' in a layer, each 'layer', 'all', or the top of one for all, in averages
     ax:Axes|np.ndarray=None, # axes in the shape that is returned, or an `Axes` for one map; new figures if None
     which:int=0, # of several pictures that the model takes at once, the one to look at
+    head:int=None, # maps of this head, counted from 0; the mean of the heads if None
 )->np.ndarray: # the axes, a row for each picture and attention layer, a column for the picture and each point
     "Draw what query pixels attend to in the attention layers; `ValueError` as `AttentionRecorder` and `plot.show_attention`"
     parts = pictures(self, items, max_n, which).parts()     # several if sizes differ
@@ -82,9 +83,10 @@ def show_attention(self:Learner,
     else: raise ValueError(f"one `ax` holds one map, and there are {len(parts)} pictures: choose one with `items` or `max_n`")
     def drawn(p, ax):
         at = _default_points(*p.images.shape[-2:]) if points is None else points
-        look = AttentionRecorder(self.model, at, layers, stats=False, which=which)
-        with torch.no_grad(), eval_mode(self.model) as model, look as rec: p.through(model)
-        given = dict(titles=p.names, gammas=rec.gammas, pools=rec.pools)
+        look = AttentionRecorder(self.model, at, layers, stats=False, which=which, head=head)
+        with torch.no_grad(), eval_mode(self.model) as model, look as rec: out = p.through(model)
+        seen = dict(gammas=rec.gammas, pools=rec.pools, changes=rec.changes, places=rec.places, head=head)
+        given = dict(titles=p.names, shapes=p.shapes, masks=predicted_classes(self.loss_func, out, p.images.shape[-2:]), **seen)
         return plot.show_attention(p.images, rec.maps, rec.points, scale=scale, ax=ax, imsize=imsize, **given)
     rows = [drawn(p, ax) for p,ax in zip(parts, axs)]
     return rows[0] if len(rows) == 1 else np.concatenate(rows)
@@ -104,7 +106,7 @@ def show_receptive_field(self:Learner,
     "Draw an output pixel's effective receptive field without and with attention over the first picture; `ValueError` as `receptive_field`"
     p = pictures(self, items, max_n, which).parts()[0]     # where sizes differ, the first one alone
     field = receptive_field(self.model, p.batches[0], point, channel, module, which=which)
-    return plot.show_receptive_field(p.images[0], field, ax, imsize)
+    return plot.show_receptive_field(p.images[0], field, ax, imsize, p.shapes[0])
 
 # %% ../nbs/api/learner.ipynb #25b2eb82
 @patch
@@ -216,3 +218,8 @@ def load(self:Learner, file, device=None, **kwargs):
                            "with `learn.insert_attention`, or use `load_attention` with a file of `save_attention`.\n"+str(e)) from e
 
 Learner.load.fastais = _load     # so that importing this twice wraps it once
+
+# %% ../nbs/api/learner.ipynb #b2d63e8d
+def methods():
+    "The methods of `Learner` that this module added"
+    return [m for m in vars(Learner).values() if getattr(m, '__module__', '') == __name__]

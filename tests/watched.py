@@ -35,6 +35,13 @@ def mixed(sym=False):
 
 def images(nd=2, bs=2, seed=9, size=None): return torch.randn(bs, 3, *(size or SIZES[nd]), generator=torch.Generator().manual_seed(seed))
 
+def top_weight(a):
+    "The largest of the weights `a`, rows of columns, where a cell counts for twice the strongest of its neighbours at most"
+    def counted(r, c):
+        around = [a[i][j] for i in range(max(0, r-1), min(len(a), r+2)) for j in range(max(0, c-1), min(len(a[0]), c+2)) if (i, j) != (r, c)]
+        return min(a[r][c], 2*max(around))
+    return max(counted(r, c) for r in range(len(a)) for c in range(len(a[0])))
+
 def hooks(model):
     return {(name, k): list(v) for name, m in model.named_modules() for k, v in vars(m).items() if 'hook' in k and v}
 

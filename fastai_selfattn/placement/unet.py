@@ -92,7 +92,7 @@ def create_unet_model(
     arch, # encoder as `fastai.vision.learner.create_unet_model` takes it
     n_out:int, # channels of the output, one a class
     img_size:tuple[int,int], # (height, width) of the images in pixels
-    *args,
+    *args, # further arguments of fastai's function, in its order
     self_attention:bool|str|Sequence|Callable[[Site],bool]=False, # True: fastai's own place; else a `where` of `insert_attention`
     how:str='append', # 'append': behind the module of a place; 'replace': instead of it
     layer:Callable[...,nn.Module]=SelfAttention, # called with the channels of the map and its options
@@ -114,7 +114,7 @@ def create_unet_model(
 def unet_learner(
     dls:DataLoaders, # images and masks
     arch, # encoder as `fastai.vision.learner.unet_learner` takes it
-    *args,
+    *args, # further arguments of fastai's function, in its order
     self_attention:bool|str|Sequence|Callable[[Site],bool]=False, # True: fastai's own place; else a `where` of `insert_attention`
     how:str='append', # 'append': behind the module of a place; 'replace': instead of it
     layer:Callable[...,nn.Module]=SelfAttention, # called with the channels of the map and its options

@@ -23,10 +23,11 @@ import torch
 from PIL import Image
 from fastai.learner import Learner
 from torch import nn
+from torch.nn import functional as F
 
 from ..files import whole_file
-from ..quiet import eval_mode
-from .pictures import pictures
+from ..quiet import check_whole, eval_mode
+from .pictures import pictures, predicted_classes
 from .record import AttentionRecorder
 
 # %% ../../nbs/api/seeing/explorer.ipynb #82382fed
@@ -73,33 +74,60 @@ def _layer(recs, name, label):
         views.append(dict(scale=q_scale*k_scale, queries=_base64(q16), keys=_base64(k16), of=of))
     if len(recs) == 1: views = [{k:v for k,v in view.items() if k != 'of'} for view in views]     # all are as the layer says
     changes = [_number(c) for rec in recs for c in rec.changes[name].tolist()]
-    layer = dict(name=name, heads=heads, d=d, **of, pool=recs[0].pools[name], gamma=_number(recs[0].gammas.get(name, math.nan)),
+    layer = dict(name=name, site=recs[0].places.get(name, ''), heads=heads, d=d, **of, pool=recs[0].pools[name], gamma=_number(recs[0].gammas.get(name, math.nan)),
                  changes=changes, pictures=views)
     return layer,off,share
 
 # %% ../../nbs/api/seeing/explorer.ipynb #78cc3981
 def _look(model, part, layers):
-    "A recorder that saw the query and key vectors of a part of the pictures"
+    "A recorder that saw the query and key vectors of a part of the pictures, and what the model made of them"
     with torch.no_grad(), eval_mode(model), AttentionRecorder(model, None, layers, False, vectors=True, which=part.which) as rec:
-        part.through(model)
-    return rec
+        out = part.through(model)
+    return rec,out
 
-def _model(model, label, shown, layers):
+def _model(model, label, shown, layers, loss_func):
     "What the page knows of a model, and the differences of its layers"
     try: AttentionRecorder(model, None, layers, False, vectors=True)
     except ValueError as e: raise ValueError(f"{label!r}: {e}") from None
-    recs = [_look(model, part, layers) for part in shown.parts()]
+    parts = shown.parts()
+    recs,outs = zip(*(_look(model, part, layers) for part in parts))
     names = [n for n in recs[0].queries if all(n in rec.queries for rec in recs)]
     if not names:
         raise ValueError(f"no attention layer of {label!r} ran with a softmax of query and key vectors, so there is no map to show")
     found,*offs = zip(*(_layer(recs, name, label) for name in names))
-    return dict(label=label, layers=found),*map(max, offs),[n for n in recs[0].changes if n not in names]
+    outlines = [o for part,out in zip(parts, outs) for o in _outlines(loss_func, out, part.images)]
+    return dict(label=label, layers=found, outlines=outlines),*map(max, offs),[n for n in recs[0].changes if n not in names]
+
+def _outlines(loss_func, out, images):
+    "An outline for each of `images`, or None"
+    masks = predicted_classes(loss_func, out, images.shape[-2:])
+    return [None]*len(images) if masks is None else [_outline(m) for m in masks]
+
+# %% ../../nbs/api/seeing/explorer.ipynb #3debc794
+def _runs(border):
+    "(i, start, end) of the runs of True along the last side"
+    edges = F.pad(border.int(), (1,1)).diff(dim=1)
+    return [(i,a,b) for (i,a),(_,b) in zip((edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist())]
+
+def _outline(mask, side=256):
+    "The borders between the classes of `mask` (h, w) as a path, and the size it is drawn in"
+    h,w = mask.shape
+    small = max(1, math.ceil(max(h, w)/side))
+    mask = mask[small//2::small,small//2::small]
+    lines = [f'M{a} {i+1}H{b}' for i,a,b in _runs(mask[1:] != mask[:-1])]
+    lines += [f'M{i+1} {a}V{b}' for i,a,b in _runs((mask[:,1:] != mask[:,:-1]).T)]
+    return dict(path=''.join(lines), h=mask.shape[0], w=mask.shape[1])
 
 # %% ../../nbs/api/seeing/explorer.ipynb #d9d3f93a
-def _data_uri(image, side=512):
-    "A picture, (1 or 3, h, w) with values 0 to 1, as a data URI"
+def _within(shape, side):
+    "(w, h) of the largest picture in the proportions of `shape` (h, w) with no side above `side`"
+    return tuple(max(1, round(s*side/max(shape))) for s in reversed(shape))
+
+def _data_uri(image, shape=None, side=512):
+    "A picture, (1 or 3, h, w) with values 0 to 1, as a data URI; in the proportions of `shape` (h, w) if the model saw it squeezed"
     pixels = (image*255).round().byte().permute(1, 2, 0).numpy()
     im,found = Image.fromarray(pixels[...,0] if pixels.shape[2] == 1 else pixels),[]
+    if shape and abs(math.log(shape[0]*im.width/(shape[1]*im.height))) > .01: im = im.resize(_within(shape, max(im.size)))
     im.thumbnail((side, side))
     for kind,how in (('jpeg',dict(quality=88)), ('png',dict(optimize=True))):
         im.save(out := BytesIO(), kind, **how)
@@ -157,9 +185,9 @@ class Explorer:
 
     def _repr_html_(self):
         if not self.path.exists(): return None
-        style = 'width:100%;height:900px;border:1px solid #8886;border-radius:8px'
+        style = 'width:100%;height:min(900px,94vh);border:1px solid #8886;border-radius:8px'
         page = html.escape(self.path.read_text(encoding='utf-8'))
-        return f'<iframe title="What attention sees" sandbox="allow-scripts" style="{style}" srcdoc="{page}"></iframe>'
+        return f'<iframe title="What attention sees" sandbox="allow-scripts allow-downloads" style="{style}" srcdoc="{page}"></iframe>'
 
 # %% ../../nbs/api/seeing/explorer.ipynb #551fdf2f
 def _named_models(learn, label, others):
@@ -179,7 +207,7 @@ def _named_models(learn, label, others):
     return res
 
 # %% ../../nbs/api/seeing/explorer.ipynb #c6490e1e
-_exact = ("How exact is this? The file holds each cell’s query and key vector, rounded to 16-bit whole numbers, and this page computes "
+_exact = ("The file holds each cell’s query and key vector, rounded to 16-bit whole numbers, and this page computes "
           "weights and statistics from them in double precision. Compared with unrounded vectors, on up to 64 query pixels of each map, "
           "the largest difference in a weight was {off:.1g}, which is {share:.1g} on the colour scale. The models saw {seen} pixels; "
           "the pictures here are compressed, for drawing only.")
@@ -195,18 +223,20 @@ def attention_explorer(
     title:str='What attention sees', # of the page
     overwrite:bool=False, # replace `fname` also if it is no page that an explorer wrote
     which:int=0, # of several pictures that the model takes at once, the one to look at
+    head:int=None, # the head to show first, counted from 0, in layers that have it; the mean of the heads if None
 )->Explorer: # a path, and live in a notebook
     "Write one HTML file for any browser that shows what the query pixel under a click attends to; errors come before anything is written"
     models,path = _named_models(learn, label, others),_target(fname, overwrite)
     if not isinstance(title, str): raise TypeError(f"`title` must be a str, got {type(title).__name__}")
+    head = None if head is None else check_whole(0, head=head)[0]
     p = pictures(learn, items, max_n, which)
-    shown,off,shares,without = zip(*(_model(m, l, p, layers) for l,m in models.items()))
+    shown,off,shares,without = zip(*(_model(m, l, p, layers, learn.loss_func) for l,m in models.items()))
     sizes = [tuple(x.shape[-2:]) for part in p.parts() for x in part.x]
-    views = [dict(name=name, h=h, w=w, src=_data_uri(im)) for name,(h,w),im in zip(p.names, sizes, p.images)]
+    views = [dict(name=name, h=h, w=w, shape=s, src=_data_uri(im, s)) for name,(h,w),im,s in zip(p.names, sizes, p.images, p.shapes)]
     exact = _exact.format(off=max(off), share=max(shares), seen=', '.join(dict.fromkeys(f'{h}×{w}' for h,w in sizes)))
     left_out = sorted({name for names in without for name in names})
     if left_out:
         exact += f" Not shown, since there are no query and key vectors from which their maps could be made: {', '.join(left_out)}."
-    data = dict(title=title, exact=exact, models=shown, pictures=views)
+    data = dict(title=title, exact=exact, models=shown, pictures=views, head=head)
     _write(path, _page(title, data))
     return Explorer(path, max(off))

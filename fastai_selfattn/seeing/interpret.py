@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .plot import plot_attention
 from .pictures import numbered_pictures
+from .scale import attention_bar
 from .record import AttentionRecorder
 from ..attention.kinds import attention_off
 from ..quiet import InPrecision, check_whole, eval_mode, first_batches, inputs_of, n_rows, random_kept, rows
@@ -87,7 +88,7 @@ _orders = {'farthest':('distance',False), 'sharpest':('entropy_share',True), 'lo
 class AttentionInterpretation:
     "What attention does in each picture of a data set, and what it is worth there (after `fastai.interpret.Interpretation`)"
     def __init__(self,
-        learn:Learner,
+        learn:Learner, # whose model was looked at
         dl:DataLoader, # that gives the pictures, in a fixed order
         df:pd.DataFrame, # as `from_learner` makes it
         which:int=0, # of several pictures that the model takes at once, the one that was looked at
@@ -177,8 +178,9 @@ def plot_top(self:AttentionInterpretation,
     for (left,right),image,m,point,row in zip(axs, p.images, maps, points, rows.itertuples()):
         left.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
         left.set_axis_off()
-        left.set_title(f'picture {row.picture}, loss {row.loss:.3g},\nwithout attention {row.gain:+.2g}', fontsize=9)
+        worth = f'without attention {row.gain:+.2g},\nwhich changes the features by {row.change:.1%}'
+        left.set_title(f'picture {row.picture}, loss {row.loss:.3g},\n{worth}', fontsize=9)
         title = f'pixel {point}, distance {row.distance:.3g},\nentropy {row.entropy_share:.0%} of the most'
         plot_attention(image, m, point, right, vmax=vmax).set_title(title, fontsize=9)
-    right.figure.colorbar(right.images[-1], ax=list(axs[:,1]), label='attention, 1 = average', fraction=.05)
+    attention_bar(list(axs[:,1]))
     return axs

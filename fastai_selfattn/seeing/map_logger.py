@@ -193,12 +193,15 @@ def maps(self:AttentionMapLogger,
 @patch
 def _one(self:AttentionMapLogger, picture, point, layer):
     "Picture, maps over time, query pixel and labels of one query pixel"
-    _,epochs,gammas,maps = self.maps(layer)
+    layer,epochs,gammas,maps = self.maps(layer)
     if isinstance(maps, Tensor): maps = maps.unbind(1)
     points = self._seen[-1].of(picture%len(maps))[0].points
     for what,i,n in (('picture',picture,len(maps)),('point',point,len(points))):
         if not -n <= i < n: raise ValueError(f"`{what}` must be 0 to {n-1}, got {i}")
-    labels = [f'epoch {e}\ngamma {g:.3g}' if g == g else f'epoch {e}' for e,g in zip(epochs, gammas)]     # NaN where there is none
+    looks = [s.of(picture) for s in self._seen if layer in s.maps]
+    shares = [f'\nadds {look.changes[layer][i]:.1%}' for look,i in looks]
+    numbers = [f'\ngamma {g:.3g}' if g == g else '' for g in gammas]     # NaN where there is none
+    labels = [f'epoch {e}{g}{s}' for e,g,s in zip(epochs, numbers, shares)]
     return self.pictures.images[picture],maps[picture][:,point],points[point],labels
 
 # %% ../../nbs/api/seeing/map_logger.ipynb #ee29e156
@@ -212,7 +215,7 @@ def show_growth(self:AttentionMapLogger,
 )->np.ndarray: # the axes
     "Draw how the map of one query pixel grew over the epochs; `ValueError` as `maps`"
     image,maps,at,labels = self._one(picture, point, layer)
-    return show_attention_growth(image, maps, at, labels, max_n, ax)
+    return show_attention_growth(image, maps, at, labels, max_n, ax, shape=self.pictures.shapes[picture])
 
 # %% ../../nbs/api/seeing/map_logger.ipynb #aa497fd9
 @patch
@@ -231,7 +234,7 @@ def save_gif(self:AttentionMapLogger,
     ax = fig.subplots()
     for m,label in zip(maps, labels):
         ax.clear()
-        plot_attention(image, m, at, ax, vmax=vmax).set_title(label.replace('\n', ', '), fontsize=9)
+        plot_attention(image, m, at, ax, vmax=vmax, shape=self.pictures.shapes[picture]).set_title(label.replace('\n', ', '), fontsize=9)
         if not frames: fig.colorbar(ax.images[-1], ax=ax, shrink=.8, label='attention, 1 = average')
         frames.append(Image.fromarray(_rendered(fig)))
         fig.set_layout_engine('none')     # every frame is laid out as the first one, which saves time besides
@@ -250,7 +253,8 @@ def _overlays(self:AttentionMapLogger):
             fig = _strip(image, len(look.points)+1, 2.2, 2.8)
             axs = fig.subplots(1, len(look.points)+1, squeeze=False)
             maps = {name:look.maps[name][j:j+1]}
-            show_attention(image[None], maps, look.points, titles=names[i:i+1], gammas=look.gammas, pools=look.pools, ax=axs)
+            show_attention(image[None], maps, look.points, titles=names[i:i+1], gammas=look.gammas, pools=look.pools,
+                           changes={name:look.changes[name][j:j+1]}, shapes=self.pictures.shapes[i:i+1], ax=axs)
             yield name,i,_rendered(fig)
 
 def _strip(image, n, imsize, height):

@@ -20,7 +20,9 @@ from fastai.data.core import Datasets, TfmdLists
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.torch_core import to_device
+from fastai.vision.augment import AffineCoordTfm, Resize, ResizeMethod
 from fastai.vision.core import TensorImage
+from fastcore.basics import noop
 from torch import Tensor, nn
 
 from ..quiet import (as_sequence, check_whole, each_tensor, first_batches, for_model, inputs_of, n_rows, picture_tensors,
@@ -33,6 +35,7 @@ class Pictures(NamedTuple):
     images:Tensor   # (bs, 1 or 3, h, w) from 0 to 1, on the CPU; a list of (1 or 3, h, w) if sizes differ
     items:list      # what they were made from
     names:list      # what to call them: file names, numbers, else 'picture 0' and so on
+    shapes:list     # (h, w) in whose proportions to draw each: its own where the pipeline squeezes it, else as the model takes it
     which:int=0     # of several pictures that the model takes at once, the one that is shown
 
     @property
@@ -44,8 +47,8 @@ class Pictures(NamedTuple):
     def parts(self)->list: # of `Pictures`, each with a single batch
         "What goes through the model at once"
         if len(self.batches) == 1: return [self]
-        each = zip(self.batches, self.images, self.items, self.names)
-        return [Pictures([batch], image[None], [item], [name], self.which) for batch,image,item,name in each]
+        each = zip(self.batches, self.images, self.items, self.names, self.shapes)
+        return [Pictures([batch], image[None], [item], [name], [shape], self.which) for batch,image,item,name,shape in each]
 
     def through(self, model:nn.Module):
         "What `model` makes of a single part, in the precision of `model`"
@@ -121,19 +124,36 @@ def _seen(dl, batch, n_inp, which):
     seen = dl.decode(tuple(batch)) if hasattr(dl, 'decode') else batch
     return _as_seen(_picture(seen[:n_inp], which))
 
+def _size(o): return (o.height,o.width) if isinstance(o, Image.Image) else tuple(o.shape[-2:])
+
+def _shapes(dl, numbers, images):
+    "(h, w) in whose proportions people should see each of `images`: those from before fastai's transforms squeezed it"
+    item,batch = (getattr(dl, name, None) for name in ('after_item','after_batch'))     # a `Pipeline` in the loaders that fastai makes
+    by_item = any(isinstance(t, Resize) and t.method == ResizeMethod.Squish for t in getattr(item, 'fs', ()))
+    by_batch = any(isinstance(t, AffineCoordTfm) and t.size is not None for t in getattr(batch, 'fs', ()))
+    sizes = [tuple(im.shape[-2:]) for im in images]
+    if not (by_item or by_batch): return sizes
+    def shape(i, h, w):
+        before = dl.dataset[i]
+        (h0,w0),(h1,w1) = _size(before[0]),_size(item(before)[0])
+        stretch = (h0*w1/(w0*h1) if by_item else 1)*(h1*w/(w1*h) if by_batch else 1)
+        return (round(h*stretch),w) if stretch > 1 else (h,round(w/stretch))
+    return [shape(i, *size) for i,size in zip(numbers, sizes)]
+
 def _joined(batches):
     "`batches` as one, if their tensors have the same shapes"
     if len({tuple(t.shape for t in tensors(b)) for b in batches}) > 1: return batches
     columns = zip(*map(tensors, batches))
     return [each_tensor(lambda t: torch.cat(next(columns)), batches[0])]
 
-def _pictures(model, dl, shown, batches, n_inp, which):
+def _pictures(model, dl, shown, batches, n_inp, which, numbers):
     images,inputs = [_seen(dl, b, n_inp, which) for b in batches],_joined([tuple(b[:n_inp]) for b in batches])
     images = torch.cat(images) if len(inputs) == 1 else [im[0] for im in images]
     shown = [row for _,row in shown.iterrows()] if isinstance(shown, pd.DataFrame) else list(shown)[:len(images)]
     device = next(model.parameters(), torch.empty(0)).device
     inputs = each_tensor(lambda t: t.as_subclass(Tensor).to(device), inputs)
-    return Pictures(inputs, images, shown, [_name(o, i) for i,o in enumerate(shown)], which)
+    with random_kept(): shapes = _shapes(None if numbers is None else dl, numbers, images)
+    return Pictures(inputs, images, shown, [_name(o, i) for i,o in enumerate(shown)], shapes, which)
 
 # %% ../../nbs/api/seeing/pictures.ipynb #a59add79
 def pictures(
@@ -149,7 +169,8 @@ def pictures(
         raise ValueError("these DataLoaders have no validation set, and its pipeline prepares the pictures: give the Learner one")
     with random_kept(): shown,batches,n_inp,dl = _batches(dls, items, max_n)
     if not sum(len(_picture(b[:n_inp], which)) for b in batches): raise _none(items, max_n)
-    return _pictures(learn.model, dl, shown, batches, n_inp, which)
+    numbers = None if next(tensors(items), None) is not None else range(len(shown))     # tensors are of no data set
+    return _pictures(learn.model, dl, shown, batches, n_inp, which, numbers)
 
 # %% ../../nbs/api/seeing/pictures.ipynb #2a0e5f32
 def numbered_pictures(
@@ -165,4 +186,20 @@ def numbered_pictures(
         return dl.after_batch(to_device(made, dl.device) if dl.device else made)
     numbers = [int(i) for i in numbers]
     with random_kept(): batches = _made(dl, numbers, batch)
-    return _pictures(learn.model, dl, numbers, batches, inputs_of(learn.dls, batches[0]), which)
+    return _pictures(learn.model, dl, numbers, batches, inputs_of(learn.dls, batches[0]), which, numbers)
+
+# %% ../../nbs/api/seeing/pictures.ipynb #42cb79c8
+def predicted_classes(
+    loss_func, # of the Learner; fastai's know how to decode
+    out, # what the model gave, (bs, classes, h, w) for a mask
+    size:tuple[int,int], # of the pictures (h, w)
+)->Tensor|None: # (bs, h, w) class of each pixel, on the CPU; None if that is not what the model predicts
+    "What a model says each pixel of its pictures is"
+    if not isinstance(out, Tensor) or out.dim() != 4 or tuple(out.shape[2:]) != tuple(size): return None
+    out = out.detach().as_subclass(Tensor).float().cpu()
+    if isinstance(loss_func, nn.CrossEntropyLoss): classes = out.argmax(1)
+    elif isinstance(loss_func, nn.BCEWithLogitsLoss): classes = out > 0
+    elif hasattr(loss_func, 'decodes'): classes = loss_func.decodes(getattr(loss_func, 'activation', noop)(out))
+    else: return None
+    if classes.dim() == 4 and classes.shape[1] == 1: classes = classes[:,0]
+    return classes.int() if classes.dim() == 3 and not classes.is_floating_point() else None

@@ -17,11 +17,12 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..attention.kinds import did_you_mean, path_matches
+from .effect import change_in_words
+from .scale import Averages, attention_bar, strongest, tops_of
 
 # %% ../../nbs/api/seeing/plot.ipynb #ba4e7d75
 _magma = colormaps['magma'].with_extremes(bad='#56b4e9')     # a blue that magma does not have, for what is not a number
@@ -38,6 +39,12 @@ def _mark(ax, point):
     "A ring around a pixel, whole even at the border"
     for color,width in (('k',3.5), ('w',1.5)): ax.plot(point[1], point[0], 'o', ms=8, mfc='none', mec=color, mew=width, clip_on=False)
 
+def _aspect(image, shape):
+    "How much higher than wide to draw a pixel of `image`, so that it has the proportions of `shape` (h, w)"
+    h,w = image.shape[-2:]
+    return shape[0]*w/(shape[1]*h) if shape else 1
+
+# %% ../../nbs/api/seeing/plot.ipynb #fb012665
 def plot_attention(
     image:Tensor, # (h, w), (1, h, w) or (3, h, w) image, values 0 to 1
     amap:Tensor, # (mh, mw) weights of one query pixel, as a row of `ops.attention_weights`; sums to 1
@@ -45,7 +52,8 @@ def plot_attention(
     ax:Axes=None, # where to draw, a new one if None
     vmax:float=None, # weight, times the number of cells, at the top of the colour scale; the largest there is if None
     alpha:float=.75, # opacity of the map where it is strongest; where it is 0 the image shows through
-    norm:Normalize=None, # another colour scale for weights times the number of cells, such as `LogNorm`; linear from 0 to `vmax` if None
+    norm:Normalize=None, # another colour scale for weights times the number of cells, such as `LogNorm`; `Averages(0, vmax)` if None
+    shape:tuple[int,int]=None, # (h, w) in whose proportions to draw, where the image was squeezed; those of `image` if None
 )->Axes: # the map is the last of its images, `ax.images[-1]`, for a colour bar
     "Draw what a query pixel attends to over its image, 1 is the average, blue no number; `ValueError` if shapes or `point` do not fit"
     image,amap = image.detach().cpu().float(),amap.detach().cpu().float()
@@ -53,13 +61,14 @@ def plot_attention(
     if image.dim() == 3: image = image.mean(0)
     h,w = image.shape
     _check_point(point, h, w)
-    if ax is None: ax = plt.subplots(figsize=(3.6, 3.6*h/w))[1]
-    ax.imshow(image.numpy(), cmap='gray', vmin=0, vmax=1)
+    aspect = _aspect(image, shape)
+    if ax is None: ax = plt.subplots(figsize=(3.6, 3.6*aspect*h/w))[1]
+    ax.imshow(image.numpy(), cmap='gray', vmin=0, vmax=1, aspect=aspect)
     amap = (amap*amap.numel()).numpy()
     if vmax is None: vmax = np.nan_to_num(amap, nan=0, posinf=0).max()
-    if norm is None: norm = Normalize(0, vmax if vmax > 0 else 1)
+    if norm is None: norm = Averages(0, vmax if vmax > 0 else 1)
     strength = np.nan_to_num(np.ma.filled(norm(amap), 1), nan=1).clip(0, 1)
-    ax.imshow(amap, cmap=_magma, norm=norm, alpha=alpha*(.2+.8*strength), extent=(-.5,w-.5,h-.5,-.5))
+    ax.imshow(amap, cmap=_magma, norm=norm, alpha=alpha*(.2+.8*strength), extent=(-.5,w-.5,h-.5,-.5), aspect=aspect)
     _mark(ax, point)
     ax.set_axis_off()
     return ax
@@ -74,7 +83,7 @@ def _grid(h, w, n, blocks=1, imsize=2., lines=1):
     nrows = math.ceil(n/ncols)
     ncols = math.ceil(n/nrows)
     width = min(imsize*w/h, room/ncols)
-    figsize = max(1.45, width)*ncols+1, (width*h/w+.17*lines+.1)*blocks*nrows
+    figsize = max(1.45, width)*ncols+1, (width*h/w+.17*lines+.12)*blocks*nrows
     axs = plt.subplots(blocks*nrows, ncols, figsize=figsize, squeeze=False, layout='constrained')[1].reshape(blocks, -1)
     for ax in axs[:,n:].flat: ax.remove()
     return axs[:,:n]
@@ -85,16 +94,6 @@ def given_axes(ax, shape, holds):
     if axs.size == math.prod(shape) and (axs.shape == shape or axs.ndim == 1 or axs.ndim and len(shape) == 1): return axs.reshape(shape)
     got = 'x'.join(map(str, axs.shape)) if axs.ndim else 'one'
     raise ValueError(f"`ax` must be an array of {'x'.join(map(str, shape))} axes, {holds}; got {got}")
-
-def _colorbar(axs, label='attention,\n1 = average', **kwargs):
-    "A colour bar beside `axs`, for the map that was drawn last, with a line at 1"
-    last = axs[-1].images[-1]
-    fraction = .046 if len(axs) == 1 else .035
-    bar = axs[-1].figure.colorbar(last, ax=list(axs), fraction=fraction, pad=.015, shrink=.9, anchor=(0,1), **kwargs)
-    if not isinstance(last.norm, LogNorm): bar.locator = MaxNLocator(5, steps=[1,2,5,10])
-    bar.set_label(label, fontsize=9)
-    bar.ax.tick_params(labelsize=8)
-    bar.ax.axhline(1, color='w', lw=1)
 
 # %% ../../nbs/api/seeing/plot.ipynb #4dfae38d
 def _choose_layers(maps, layers):
@@ -120,23 +119,14 @@ def _check_maps(images, maps, points):
                              f"got {tuple(images.shape)} and {tuple(m.shape)} for {len(points)} points")
     for p in points: _check_point(p, *images.shape[2:])
 
-def _tops(maps, scale):
-    "The top of each layer's colour scale, and whether the colour bar needs an arrow there"
-    if not (scale in ('layer','all') if isinstance(scale, str) else scale > 0):
-        raise ValueError(f"`scale` must be 'layer', 'all' or a number above 0, got {scale!r}")
-    strongest = {name:(m*m[0,0].numel()).nan_to_num(0, 0, 0).max().item() for name,m in maps.items()}
-    if scale == 'layer': return {name:(max(2., s), 'neither') for name,s in strongest.items()}
-    most = max(strongest.values())
-    top = max(2., most) if scale == 'all' else scale
-    return {name:(top, 'max' if most > top else 'neither') for name in maps}
-
 # %% ../../nbs/api/seeing/plot.ipynb #dc6506cb
 def _heading(ax, parts, inside=False):
     "The parts that are not empty, wrapped between them to what the figure has from the left edge of `ax` on, or to `ax`"
     ax.apply_aspect()
     box = ax.get_position()
     inches = ax.figure.bbox.width/ax.figure.dpi*(box.width if inside else 1-box.x0)
-    return textwrap.fill(', '.join(p.replace(' ', '\xa0') for p in parts if p), max(12, int(13*inches))).replace('\xa0', ' ')
+    whole = [p.replace(' ', '\xa0') if len(p) < 30 else p for p in parts if p]     # a long part is a sentence, and may wrap
+    return textwrap.fill(', '.join(whole), max(12, int(13*inches))).replace('\xa0', ' ')
 
 def _number(ax, points, queries, h, w):
     "Mark the chosen points in a picture, numbered if there are several to choose from"
@@ -150,9 +140,17 @@ def _number(ax, points, queries, h, w):
             align = dict(ha='right' if left else 'left', va='top' if top else 'bottom')
             ax.annotate(str(i), (col,row), offset, textcoords='offset points', fontsize=8, color='w', bbox=box, **align)
 
-def _show_picture(ax, image, points, queries, heading):
-    image = image.detach().cpu().float().clamp(0, 1).permute(1,2,0).numpy()
-    ax.imshow(image, cmap='gray', vmin=0, vmax=1)
+def _draw_classes(ax, mask):
+    "A line around each class that was predicted, but for the lowest"
+    limits = ax.get_xlim(),ax.get_ylim()
+    for k in np.unique(mask)[1:]:
+        for color,lw in (('k',2), ('w',.8)): ax.contour(mask == k, levels=[.5], colors=color, linewidths=lw)
+    ax.set(xlim=limits[0], ylim=limits[1])
+
+def _show_picture(ax, image, points, queries, heading, shape, mask):
+    aspect,image = _aspect(image, shape),image.detach().cpu().float().clamp(0, 1).permute(1,2,0).numpy()
+    ax.imshow(image, cmap='gray', vmin=0, vmax=1, aspect=aspect)
+    if mask is not None: _draw_classes(ax, mask.cpu().numpy())
     text = _heading(ax, heading)+'\nquery pixels'
     # An invisible title keeps the height of the heading free; a title as wide as the heading would push the maps away.
     ax.set_title('\n'.join('|' for _ in text.splitlines()), fontsize=9, alpha=0)
@@ -162,23 +160,25 @@ def _show_picture(ax, image, points, queries, heading):
     ax.set_axis_off()
 
 # %% ../../nbs/api/seeing/plot.ipynb #2c518982
-def _layer(name):
+def _layer(name, places):
     "What a heading calls a layer: a bare number, or no name at all, says little"
+    if name in places: return f'{places[name]} ({name})'
     if not name: return ''
     return name if any(map(str.isalpha, name)) else f'layer {name}'
 
-def _headings(picture, name, gammas, pools):
-    "The parts of the heading of one picture and layer"
+def _headings(picture, name, k, gammas, pools, changes, places, head):
+    "The parts of the heading of one picture, the one at `k`, and layer"
     gamma = f'gamma {gammas[name]:.3g}' if name in gammas else ''
     pool = pools.get(name, 1)
-    return picture,_layer(name),gamma,f'pooled {pool}x{pool}' if pool > 1 else ''
+    change = change_in_words(float(changes[name][k])) if name in changes else ''
+    return picture,_layer(name, places),'' if head is None else f'head {head}',gamma,f'pooled {pool}x{pool}' if pool > 1 else '',change
 
 def _pixel(points, i): return f'{i}: pixel {points[i]}' if len(points) > 1 else f'pixel {points[i]}'
 
-def _rows_of_axes(images, n_rows, n_queries, ax, imsize):
+def _rows_of_axes(size, n_rows, n_queries, ax, imsize):
     "Axes (rows, 1+queries): those given, or a new figure; the first of each row is None for a single `Axes`"
     shape = n_rows,1+n_queries
-    if ax is None: return _grid(*images.shape[2:], shape[1], n_rows, imsize, 2)
+    if ax is None: return _grid(*size, shape[1], n_rows, imsize, 2)
     holds = 'a row for each picture and layer, a column for the picture and each query pixel'
     if not isinstance(ax, Axes): return given_axes(ax, shape, holds)
     if shape == (1,2): return np.array([[None,ax]])
@@ -195,29 +195,37 @@ def show_attention(
     titles:Sequence[str]=None, # a name for each of `images`
     gammas:dict[str,float]=None, # layer name -> gamma for the headings, as `AttentionRecorder.gammas`
     pools:dict[str,int]=None, # layer name -> side of the windows that keys are pooled over, for the headings
-    scale:str|float='layer', # a colour scale for each 'layer', one for 'all', or the top of one for all, in averages
+    scale:str|float='picture', # a colour scale for each 'picture' in a layer, each 'layer', 'all', or the top of one for all, in averages
     ax:Axes|np.ndarray=None, # axes in the shape that is returned, or an `Axes` if one map is chosen; a new figure if None
     imsize:float=2., # height of a picture in inches, less where the page is too narrow
+    changes:dict[str,Tensor]=None, # layer name -> share of the features of each picture that attention changes, for the headings
+    places:dict[str,str]=None, # layer name -> name of its place, such as 'decoder.1', for the headings, as `AttentionRecorder.places`
+    head:int=None, # the head that `maps` are of, for the headings
+    shapes:Sequence[tuple[int,int]]=None, # (h, w) in whose proportions to draw each picture, as `pictures` gives; those of `images` if None
+    masks:Tensor=None, # (bs, h, w) classes that are predicted, outlined in the pictures
 )->np.ndarray: # a row of axes for each picture and layer: the picture, its first text the heading, and each query pixel; or `ax` if one
     "Draw what query pixels attend to, in several pictures and layers, on colour scales; `ValueError` naming what there is if nothing fits"
     maps,points = _choose_layers(maps, layers),[tuple(map(int, p)) for p in points]
     _check_maps(images, maps, points)
     pictures,queries = _choose('pictures', len(images), pictures),_choose('queries', len(points), queries)
     maps = {name:m[pictures][:,queries].detach().cpu().float() for name,m in maps.items()}
-    tops = _tops(maps, scale)
-    one_scale = len(set(tops.values())) == 1
+    tops = tops_of(maps, scale)
+    one_scale = len({top for top,_ in tops.values()}) == 1
     rows = [(k,i,name) for k,i in enumerate(pictures) for name in maps]
     alone = isinstance(ax, Axes)
-    axs = _rows_of_axes(images, len(rows), len(queries), ax, imsize)
+    shapes = [tuple(images.shape[2:])]*len(images) if shapes is None else shapes
+    size = sorted((shapes[i] for i in pictures), key=lambda s: s[0]/s[1])[len(pictures)//2]
+    given = gammas or {},pools or {},changes or {},places or {},head
+    axs = _rows_of_axes(size, len(rows), len(queries), ax, imsize)
     for (first,*row),(k,i,name) in zip(axs, rows):
-        top,arrow = tops[name]
+        top,strongest = tops[k,name]
         for a,q,amap in zip(row, queries, maps[name][k]):
-            plot_attention(images[i], amap, points[q], a, top).set_title(_pixel(points, q), fontsize=9)
-        heading = _headings(f'picture {i}' if titles is None else str(titles[i]), name, gammas or {}, pools or {})
+            plot_attention(images[i], amap, points[q], a, top, shape=shapes[i]).set_title(_pixel(points, q), fontsize=9)
+        heading = _headings(f'picture {i}' if titles is None else str(titles[i]), name, i, *given)
         if alone: ax.set_title(_heading(ax, (*heading, _pixel(points, queries[0])), inside=True), fontsize=9)
-        else: _show_picture(first, images[i], points, queries, heading)
-        if not one_scale: _colorbar([first,*row], extend=arrow)
-    if one_scale: _colorbar([ax] if alone else list(axs.flat), extend=arrow)
+        else: _show_picture(first, images[i], points, queries, heading, shapes[i], None if masks is None else masks[i])
+        if not one_scale: attention_bar([first,*row], strongest=strongest)
+    if one_scale: attention_bar([ax] if alone else list(axs.flat), strongest=max(s for _,s in tops.values()))
     return ax if alone else axs
 
 # %% ../../nbs/api/seeing/plot.ipynb #1666b438
@@ -234,6 +242,7 @@ def show_attention_growth(
     max_n:int=8, # how many to draw at most, evenly chosen, the first and the last among them
     ax:Sequence[Axes]=None, # as many axes as maps are drawn, a new figure if None
     imsize:float=2., # height of a picture in inches, less where the page is too narrow
+    shape:tuple[int,int]=None, # (h, w) in whose proportions to draw; those of `image` if None
 )->np.ndarray: # the axes, one for each map that is drawn
     "Draw what a query pixel attended to over time, on one labelled colour scale; `ValueError` if there is no map"
     t,maps = len(maps),[m.detach().cpu().float() for m in maps]
@@ -244,12 +253,12 @@ def show_attention_growth(
     for m in maps: _check_map(image, m)
     _check_point(point, *image.shape[-2:])
     idxs = _spread(t, max_n)
-    top,_ = _tops({i:maps[i][None,None] for i in idxs}, 'all')[t-1]
+    top = max(2., *(strongest(maps[i][None,None]) for i in idxs))
     lines = max(labels[i].count('\n')+1 for i in idxs)
     if ax is not None: axs = given_axes(ax, (len(idxs),), 'one for each map drawn')
-    else: axs = _grid(*image.shape[-2:], len(idxs), imsize=imsize, lines=lines)[0]
-    for a,i in zip(axs, idxs): plot_attention(image, maps[i], point, a, top).set_title(labels[i], fontsize=9)
-    _colorbar(list(axs))
+    else: axs = _grid(*(shape or image.shape[-2:]), len(idxs), imsize=imsize, lines=lines)[0]
+    for a,i in zip(axs, idxs): plot_attention(image, maps[i], point, a, top, shape=shape).set_title(labels[i], fontsize=9)
+    attention_bar(list(axs))
     return axs
 
 # %% ../../nbs/api/seeing/plot.ipynb #ca733b57
@@ -284,6 +293,7 @@ def show_receptive_field(
     field, # a `ReceptiveField`: energies `off` and `on` (h, w), `area_off` and `area_on` that hold `share` of them, and `point` (row, col)
     ax:Sequence[Axes]=None, # two axes, a new figure if None
     imsize:float=3., # height of a picture in inches, less where the page is too narrow
+    shape:tuple[int,int]=None, # (h, w) in whose proportions to draw; those of `image` if None
 )->np.ndarray: # two axes: without attention and with it
     "Draw which pixels of the image a pixel of the output depends on, without attention and with it; `ValueError` if shapes do not fit"
     energies = [e.detach().cpu().double() for e in (field.off,field.on)]
@@ -293,10 +303,10 @@ def show_receptive_field(
         raise ValueError(f"`field` must be of the image of {h}x{w} pixels, got {tuple(field.off.shape)} and {tuple(field.on.shape)}")
     _check_point(field.point, h, w)
     top = max(e.nan_to_num(0, 0, 0).max().item() for e in energies)*h*w or 1.
-    axs = _grid(h, w, 2, imsize=imsize, lines=2)[0] if ax is None else given_axes(ax, (2,), 'without attention and with it')
+    axs = _grid(*(shape or (h,w)), 2, imsize=imsize, lines=2)[0] if ax is None else given_axes(ax, (2,), 'without attention and with it')
     for a,e,area,name in zip(axs, energies, (field.area_off,field.area_on), ('off','on')):
-        plot_attention(image, e, field.point, a, norm=LogNorm(top/1e4, top, clip=True))
+        plot_attention(image, e, field.point, a, norm=LogNorm(top/1e4, top, clip=True), shape=shape)
         _outline(a, e, field.share)
         a.set_title(f'attention {name}: {_percent(area)} of the picture\nholds {_percent(field.share)} of the gradient', fontsize=9)
-    _colorbar(list(axs), 'gradient energy, 1 = average,\nlogarithmic scale', extend='min')
+    attention_bar(list(axs), 'gradient energy, 1 = average,\nlogarithmic scale', extend='min')
     return axs

@@ -104,17 +104,18 @@ class AttentionRecorder:
         vectors:bool=False, # collect query and key vectors, from which any map can be made later
         image_size:tuple[int,int]=None, # (h, w) that points and distances are measured in; of the picture given to `model` if None
         which:int=0, # of several pictures that `model` takes at once, such as a pair, the one to look at
+        head:int=None, # maps and statistics of this head, counted from 0; the mean of the heads if None
     ):
         self._which, = check_whole(0, which=which)
         self.model,self.points,self.layers = model,check_points(points),choose_layers(model, layers)
         self._points,self._stats,self._vectors,self._seed,self._image_size = self.points,stats,vectors,seed,image_size
-        self._stack,self._hooks = None,[]
+        self._stack,self._hooks,self._head = None,[],head
         self._check_size()
         self._check_maps(named=layers is not None)
-        self.maps:dict[str,Tensor] = {}           # (bs, points, *map size, pooled as keys are), each sums to 1; mean of the heads
+        self.maps:dict[str,Tensor] = {}           # (bs, points, *map size, pooled as keys are), each sums to 1; mean of heads, or `head`
         self.gammas:dict[str,float] = {}          # of the layers that have a gamma; of one with many numbers their root mean square
         self.changes:dict[str,Tensor] = {}        # (bs,) norm of gamma*o divided by the norm of x
-        self.stats:dict[str,AttentionStats] = {}  # each (bs, *map size), mean of the heads, distances in pixels of the image
+        self.stats:dict[str,AttentionStats] = {}  # each (bs, *map size), mean of the heads, or `head`; distances in pixels of the image
         self.queries:dict[str,Tensor] = {}        # (bs, heads, *map size, d)
         self.keys:dict[str,Tensor] = {}           # (bs, heads, *pooled map size, d)
         self.sizes:dict[str,tuple] = {}           # map size of the query pixels
@@ -123,7 +124,9 @@ class AttentionRecorder:
 # %% ../../nbs/api/seeing/record.ipynb #e8305da5
 @patch
 def _check_size(self:AttentionRecorder):
-    size = self._image_size
+    size,head = self._image_size,self._head
+    if head is not None and (isinstance(head, bool) or not isinstance(head, Integral) or head < 0):
+        raise ValueError(f"`head` must be the number of a head, counted from 0, or None for the mean of them, got {head!r}")
     if size is None: return
     if not (isinstance(size, (tuple,list)) and size and all(isinstance(i, Integral) and i > 0 for i in size)):
         raise ValueError(f"`image_size` must be (height, width) in pixels, got {size!r}")
@@ -194,22 +197,28 @@ def _stats_of_weights(layer, x, at, keys_at, own):
     return torch.cat(blocks, 3)
 
 # %% ../../nbs/api/seeing/record.ipynb #11e3e8fb
-def _maps(layer, x, vectors, rows):
-    "(bs, points, *pooled map size) rows of the map, mean of the heads"
-    if vectors is None: return layer_weights(layer, x, rows).mean(1).float()
+def _of_head(t, dim, head):
+    "The mean of the heads, which `t` has along `dim`, or that of one of them"
+    if head is None: return t.mean(dim)
+    if head < t.shape[dim]: return t.select(dim, head)
+    raise ValueError(f"no head {head} in a layer with {t.shape[dim]}, counted from 0: choose another, or layers that have it with `layers`")
+
+def _maps(layer, x, vectors, rows, head):
+    "(bs, points, *pooled map size) rows of the map, of one head or the mean"
+    if vectors is None: return _of_head(layer_weights(layer, x, rows), 1, head).float()
     q,k = (t.flatten(2, -2).flatten(0, 1) for t in vectors)
-    w = attention_weights(q, k, rows).unflatten(0, (len(x),-1)).mean(1)
+    w = _of_head(attention_weights(q, k, rows).unflatten(0, (len(x),-1)), 1, head)
     return w.unflatten(-1, vectors[1].shape[2:-1]).float()
 
-def _layer_stats(layer, x, vectors, image_size):
-    "(5, bs, *map size) statistics of all query pixels, mean of the heads"
+def _layer_stats(layer, x, vectors, image_size, head):
+    "(5, bs, *map size) statistics of all query pixels, of one head or the mean"
     size,pool = tuple(x.shape[2:]),pool_of(layer)
     where = _middles(size, image_size),_middles(size, image_size, pool),_own(size, pool)
     if vectors is None: s = _stats_of_weights(layer, x, *where)
     else:
         q,k = (t.flatten(2, -2).flatten(0, 1) for t in vectors)
         s = torch.stack(attention_stats(q, k, *where)).unflatten(1, (len(x),-1))
-    return s.float().mean(2).unflatten(-1, size)
+    return _of_head(s.float(), 2, head).unflatten(-1, size)
 
 def _looks(rec, name, layer, x, out):
     "What is seen in one layer: (field, tensor) pairs"
@@ -224,8 +233,8 @@ def _looks(rec, name, layer, x, out):
                          "give `image_size`, or `points=None, stats=False`")
     vectors = layer_vectors(layer, x) if has_vectors(layer) else None
     if rec._vectors and vectors: yield from zip(('queries','keys'), (t.float() for t in vectors))
-    if rec._points is not None: yield 'maps',_maps(layer, x, vectors, cells_of(rec.points, rec._size, size))
-    if rec._stats: yield 'stats',_layer_stats(layer, x, vectors, rec._size)
+    if rec._points is not None: yield 'maps',_maps(layer, x, vectors, cells_of(rec.points, rec._size, size), rec._head)
+    if rec._stats: yield 'stats',_layer_stats(layer, x, vectors, rec._size, rec._head)
 
 # %% ../../nbs/api/seeing/record.ipynb #8aa78bd6
 @patch
@@ -305,6 +314,12 @@ def _row(rec, name):
     if name in rec.sizes: yield from (('map','x'.join(map(str, rec.sizes[name]))), ('pool',rec.pools[name]))
     yield from (('gamma',rec.gammas.get(name, math.nan)), ('change',rec.changes[name].mean().item()))
     if name in rec.stats: yield from ((field, t.mean().item()) for field,t in rec.stats[name]._asdict().items())
+
+@patch(as_prop=True)
+def places(self:AttentionRecorder)->dict[str,str]: # path -> name, such as 'decoder.1'
+    "Where the layers were put, of those that `insert_attention` or `unet_learner` put at a place with a name of its own"
+    sites = {path:m.attention_place.site for path,m in self.layers.items() if hasattr(m, 'attention_place')}
+    return {path:site.name for path,site in sites.items() if site.name != site.path}
 
 @patch(as_prop=True)
 def df(self:AttentionRecorder)->pd.DataFrame: # a row a layer; entropy in nats, distance in pixels of the image

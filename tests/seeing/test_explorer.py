@@ -24,12 +24,14 @@ from fastai.vision.data import ImageBlock
 from PIL import Image
 from torch import nn
 
-from fastai_selfattn.seeing.explorer import Explorer, _data, _off, _page, _rounded, attention_explorer
+from fastai_selfattn.seeing.explorer import Explorer, _data, _off, _outline, _page, _rounded, attention_explorer
 from fastai_selfattn.attention.layers import PooledSelfAttention2d, SelfAttention
 from fastai_selfattn.quiet import eval_mode
 from fastai_selfattn.seeing.pictures import pictures
+from fastai_selfattn.seeing.scale import Averages
 from fastai_selfattn.seeing.record import AttentionRecorder
 from fastai_selfattn.walls.rooms import render_room
+from watched import top_weight
 
 H, W = 36, 60
 EVIL = '</script><img src=x onerror="window.ran=1"> \'"&amp; {{title}} {{data}} \u2028\u2029 Küche 🛋 ' + 'long'*20
@@ -300,7 +302,7 @@ def test_a_page_is_replaced_if_asked_for(learn, folder, monkeypatch):
 def test_what_is_given_back(page, tmp_path):
     assert isinstance(page, Explorer) and os.fspath(page) == str(page.path) and re.fullmatch(r'Explorer: page\.html, [\d.]+ MB', repr(page))
     frame, = Tags(page._repr_html_()).tags
-    assert frame[0] == 'iframe' and dict(frame[1])['srcdoc'] == page.path.read_text(encoding='utf-8') and dict(frame[1])['sandbox'] == 'allow-scripts'
+    assert frame[0] == 'iframe' and dict(frame[1])['srcdoc'] == page.path.read_text(encoding='utf-8') and dict(frame[1])['sandbox'] == 'allow-scripts allow-downloads'
     gone = Explorer(tmp_path / 'gone.html')
     assert gone._repr_html_() is None and repr(gone) == 'Explorer: gone.html, no longer there'
 
@@ -398,8 +400,8 @@ def browser(driver):
     assert not complaints
 
 
-def close(weights, rec, layer, picture, point, page):
-    want = rec.maps[layer][picture, POINTS.index(point)]
+def close(weights, rec, layer, picture, point, page, i=None):
+    want = rec.maps[layer][picture, POINTS.index(point) if i is None else i]
     assert weights.shape == want.shape
     np.testing.assert_allclose(weights, want, atol=page.off + 1e-5, rtol=0)
 
@@ -456,12 +458,12 @@ def test_colours_are_where_the_weights_are(browser, page, layer):
     browser.select(compare=False, opacity=1, a=dict(model=0, layer=layer), point=(35, 59), picture=0)
     weights, seen = browser.weights(), browser.drawn()
     (mh, mw), pool = ((18, 30), 4) if layer == 1 else ((6, 10), 1)
-    top = max(2, weights.max()*weights.size)
+    norm = Averages(0, max(2, top_weight(weights.tolist())*weights.size))
     checked = 0
     for row, col in np.ndindex(mh, mw):                          # each cell of the map lies in one window
         y, x, w = (row + .5)/mh, (col + .5)/mw, weights[row//pool, col//pool]
         if y > .8 and x > .8: continue                           # the ring
-        t = w*weights.size/top
+        t = min(1, float(norm(w*weights.size)))
         alpha, magma = .2 + .8*t, np.array(matplotlib.colormaps['magma'](round(255*t))[:3])*255
         r, g, b = seen[int(y*len(seen)), int(x*seen.shape[1])] - alpha*magma
         assert max(r, g, b) - min(r, g, b) < 4, (row, col)       # what is left is grey
@@ -603,15 +605,15 @@ def test_one_layer_alone_is_not_compared(browser, learn, tmp_path):
     browser.open(attention_explorer(learn, fname=tmp_path / 'page.html', max_n=1, layers='small'))
     browser.keys('c')
     assert not browser.state()['compare'] and not browser.canvas('b').is_displayed() and not browser.find('#compare').is_displayed() and not browser.find('#pictures').is_displayed()
-    assert [s.is_displayed() for s in browser.all('select')] == [False, True, False, False]
+    assert [s.is_displayed() for s in browser.all('select')] == [False, True, False] + [False]*3
 
 
 @pytest.mark.parametrize('layers', [(0, 4), (4, 0)], ids=named)
 def test_one_colour_scale(browser, page, layers):
     browser.open(page).select(compare=True, a=dict(model=0, layer=layers[0]), b=dict(model=0, layer=layers[1]), point=(20, 30))
-    tops = lambda: [float(e.text) for e in browser.all('.scale span:last-child') if e.is_displayed()]
+    tops = lambda: [float(e.text) for e in browser.all('.ticks span:last-child') if e.is_displayed()]
     own, maps = tops(), [browser.weights(name) for name in 'ab']
-    assert own == [pytest.approx(max(2, m.max()*m.size), rel=.01) for m in maps] and own[0] != own[1]
+    assert own == [pytest.approx(max(2, top_weight(m.tolist())*m.size), rel=.01) for m in maps] and own[0] != own[1]
     browser.find('#same').click()
     browser.frame()
     assert tops() == [max(own)]*2 and browser.state()['same']
@@ -645,11 +647,188 @@ def test_dark_mode(browser, page, dark):
     assert light() is dark                                       # follows the system
 
 
+def test_heads(browser, learn, page, recorded):
+    browser.open(page).select(a=dict(model=0, layer=0), point=(17, 31), picture=1, compare=False)
+    close(browser.weights(), recorded['after'], 'heads', 1, (17, 31), page)
+    seen = {}
+    for head in range(2):
+        browser.choose('head in A', f'head {head}')
+        with torch.no_grad(), eval_mode(learn.model), AttentionRecorder(learn.model, [(17, 31)], 'heads', head=head) as rec: learn.model(pictures(learn, max_n=3).x)
+        close(browser.weights(), rec, 'heads', 1, (17, 31), page, 0)
+        assert browser.table()['feature map'] == f'18×30 cells, head {head} of 2' and browser.state()['a']['head'] == head
+        assert browser.stats()['distance'] == pytest.approx(rec.stats['heads'].distance[1, 8, 15].item(), rel=1e-3)
+        seen[head] = browser.weights()
+    assert abs(seen[0] - seen[1]).max() > 10*page.off
+    browser.js('document.activeElement.blur()')
+    browser.keys('h')
+    assert 'head' not in browser.state()['a']
+    browser.keys('h')
+    assert browser.state()['a']['head'] == 0
+    browser.choose('layer in A', 'pooled · 18×30')
+    assert 'head' not in browser.state()['a'] and not browser.find('label.head').is_displayed()
+    assert browser.js('try { explorer.select({a:{model:0, layer:0, head:2}}) } catch (e) { return e.name }') == 'RangeError'
+
+
+def test_the_head_to_begin_with(browser, learn, tmp_path):
+    browser.open(attention_explorer(learn, fname=tmp_path / 'page.html', max_n=1, layers=['heads'], head=1))
+    assert browser.state()['a'] == dict(model=0, layer=0, head=1)
+    browser.open(attention_explorer(learn, fname=tmp_path / 'page.html', max_n=1, layers=['pooled'], head=1))
+    assert browser.state()['a'] == dict(model=0, layer=0)        # which has no such head
+
+
+def test_a_view_is_shared_by_its_address(browser, page):
+    browser.open(page)
+    assert browser.js('return location.hash') == ''
+    want = dict(picture=2, point=[5, 41], a=dict(model=1, layer=0, head=1), b=dict(model=0, layer=3), compare=False, same=True, opacity=.35)
+    browser.select(**want)
+    browser.driver.execute_async_script('setTimeout(arguments[0], 400)')
+    address = browser.js('return location.href')
+    browser.driver.get('about:blank')
+    browser.driver.get(address)
+    browser.driver.execute_async_script('const done = arguments[0]; explorer.ready.then(done)')
+    assert {k: browser.state()[k] for k in want} == want
+    browser.js('location.hash = "#picture=1&point=7,8"')
+    browser.driver.execute_async_script('setTimeout(arguments[0], 50)')
+    assert browser.state()['picture'] == 1 and browser.state()['point'] == [7, 8] and browser.state()['opacity'] == .35
+    before = browser.state()
+    for bad in ('#picture=9', '#picture=x&point=a,b&opacity=%', '#a=7.0&b=0.9', '#a=0.0.5', '#point=3', '#colour=1&<img src=x>'):
+        browser.js('location.hash = arguments[0]', bad)
+        browser.driver.execute_async_script('setTimeout(arguments[0], 50)')
+        assert browser.state() == before, bad
+
+
+def test_saved_as_a_png(browser, page, tmp_path):
+    browser.open(page, ratio=1).select(compare=True, point=(17, 31), picture=1)
+    browser.cdp('Page.setDownloadBehavior', behavior='allow', downloadPath=str(tmp_path))
+    browser.find('#save').click()
+    for _ in range(50):
+        if (tmp_path / 'attention-b-17-31.png').exists(): break
+        browser.driver.execute_async_script('setTimeout(arguments[0], 100)')
+    with Image.open(tmp_path / 'attention-b-17-31.png') as im: pixels = np.asarray(im.convert('RGB')).astype(int)
+    assert pixels.shape == (2*(252 + 166), 2*(3*440 + 20), 3)    # three pictures of 420x252, at twice the size
+    def part(i): return pixels[184:184 + 504, 2*(20 + i*440):2*(20 + i*440 + 420)]
+    def colour(p): return (p.max(-1) - p.min(-1)).mean()
+    assert colour(part(0)) > 5 and abs(part(1) - part(2)).mean() > 3 and all(part(i).std() > 10 for i in range(3))
+    small = np.asarray(Image.fromarray(part(1).astype('u1')).resize((60, 36), Image.Resampling.BOX)).astype(int)
+    seen = np.asarray(Image.fromarray(browser.drawn().astype('u1')).resize((60, 36), Image.Resampling.BOX)).astype(int)
+    assert abs(small - seen).mean() < 4                          # the very map
+
+
+class Halves(nn.Module):
+    "Predicts class 1 in the right part of a picture, and looks at it"
+    def __init__(self):
+        super().__init__()
+        self.stem, self.at = nn.Conv2d(3, 8, 6, 6), SelfAttention(8)
+    def forward(self, x):
+        self.at(self.stem(x))
+        right = (torch.arange(x.shape[3]) >= 45).float().expand(len(x), *x.shape[2:])
+        return torch.stack([1 - right, right], 1)
+
+def test_the_picture_in_colour_with_the_prediction_as_an_outline(browser, tmp_path):
+    learn = learner(tmp_path / 'pictures', Halves())
+    learn.loss_func = nn.CrossEntropyLoss()
+    page = attention_explorer(learn, fname=tmp_path / 'page.html', max_n=1)
+    assert data_of(page)['models'][0]['outlines'] == [dict(path=f'M45 0V{H}', h=H, w=W)]
+    browser.open(page).select(point=(3, 3))
+    uri = browser.js('return document.querySelector(".photo canvas").toDataURL()')
+    photo = np.asarray(Image.open(BytesIO(base64.b64decode(uri.split(',')[1]))).convert('RGB')).astype(int)
+    x = round(45/W*photo.shape[1])
+    assert photo[:, x-1:x+1].max(1).min() > 200                  # a white line from top to bottom, in black
+    assert (photo[:, x-2:x+3].min(1).max(-1) < 90).mean() > .9 and 'prediction' in browser.find('.photo').text and 'a.png' in browser.find('.photo').text
+    assert (photo.max(-1) - photo.min(-1)).mean() > 10 and photo.shape[:2] == browser.drawn().shape[:2]
+    canvas = browser.find('.photo canvas')
+    browser.actions().move_to_element_with_offset(canvas, round(.4*canvas.size['width']), 0).click().perform()
+    browser.frame()
+    np.testing.assert_allclose(browser.state()['point'], [18, 54], atol=1)      # a click there counts too
+
+
+@pytest.mark.parametrize('mask', [torch.zeros(3, 4), torch.tensor([[0, 1, 0], [2, 2, 1]]), torch.randint(0, 3, (17, 23), generator=torch.Generator().manual_seed(1))], ids=['flat', 'small', 'random'])
+def test_outlines_are_the_borders_between_classes(mask):
+    o, between = _outline(mask.int()), set()
+    for x, y, kind, to in re.findall(r'M(\d+) (\d+)([HV])(\d+)', o['path']):
+        x, y, to = int(x), int(y), int(to)
+        between |= {((y-1, c), (y, c)) for c in range(x, to)} if kind == 'H' else {((r, x-1), (r, x)) for r in range(y, to)}
+    h, w = mask.shape
+    cells = [((r, c), (r+dr, c+dc)) for r in range(h) for c in range(w) for dr, dc in ((0, 1), (1, 0)) if r+dr < h and c+dc < w]
+    assert between == {(a, b) for a, b in cells if mask[a] != mask[b]} and (o['h'], o['w']) == (h, w)
+
+
+def test_a_large_outline_is_made_smaller():
+    mask = (torch.arange(900) >= 600).int().expand(700, -1)
+    assert _outline(mask) == dict(path='M150 0V175', h=175, w=225)
+
+
+def squeezed(folder, shape):
+    from fastai.vision.augment import Resize
+    folder.mkdir()
+    Image.fromarray(render_room(1, shape)[0]).save(folder / 'a.png')
+    dls = DataBlock((ImageBlock, RegressionBlock), get_items=lambda p: [p / 'a.png'], get_y=lambda f: 0., splitter=lambda items: ([0], [0]), item_tfms=Resize(36, method='squish')).dataloaders(folder, bs=1, num_workers=0)
+    return Learner(dls, nn.Sequential(nn.Conv2d(3, 8, 6, 6), SelfAttention(8)), loss_func=nn.MSELoss(), path=folder)
+
+@pytest.mark.parametrize('shape', [(60, 150), (150, 60)], ids=['wide', 'tall'])
+def test_pictures_that_were_squeezed_have_their_own_shape(browser, tmp_path, shape):
+    page = attention_explorer(squeezed(tmp_path / 'pictures', shape), fname=tmp_path / 'page.html')
+    picture, = data_of(page)['pictures']
+    assert (picture['h'], picture['w']) == (36, 36) and picture['shape'][0] / picture['shape'][1] == pytest.approx(shape[0]/shape[1], rel=.03)
+    with Image.open(BytesIO(base64.b64decode(picture['src'].split(',')[1]))) as im: assert im.height / im.width == pytest.approx(shape[0]/shape[1], rel=.1)
+    browser.open(page)
+    for css in ('.panel canvas', '.photo canvas'):
+        size = browser.find(css).size
+        assert size['height'] / size['width'] == pytest.approx(shape[0]/shape[1], rel=.03)
+    canvas = browser.find('.panel canvas')
+    browser.actions().move_to_element_with_offset(canvas, round(canvas.size['width']/4), round(-canvas.size['height']/4)).click().perform()
+    browser.frame()
+    np.testing.assert_allclose(browser.state()['point'], [9, 27], atol=1)
+
+
+def test_each_map_says_what_it_is_worth(browser, learn, tmp_path):
+    idle = Net(seed=1)
+    with torch.no_grad(): idle.heads.gamma.fill_(1e-5)
+    browser.open(attention_explorer(learn, fname=tmp_path / 'page.html', max_n=1, layers='heads', others={'idle': idle})).select(compare=True)
+    said = [e.text for e in browser.all('.said')]
+    data = data_of(tmp_path / 'page.html')['models']
+    assert said[0] == f'gamma 0.3: attention changes the features by {data[0]["layers"][0]["changes"][0]:.0%}' and said[1].endswith(': attention does nothing here: it changes the features by 0.0%')
+    assert ['nothing' in e.get_attribute('class') for e in browser.all('.said')] == [False, True]
+
+
+def test_places_come_before_paths(learn, tmp_path):
+    from fastai_selfattn.placement.insert import Place
+    from fastai_selfattn.placement.sites import Site
+    model = copy.deepcopy(learn.model)
+    model.heads.attention_place, model.small.attention_place = Place(Site('decoder.1', 'heads', 24), 'replace'), Place(Site('small', 'small', 16), 'replace')
+    data = data_of(attention_explorer(learner(tmp_path / 'pictures', model), fname=tmp_path / 'page.html', max_n=1))
+    assert [x['site'] for x in data['models'][0]['layers']] == ['decoder.1', '', '', '', '']
+
+def test_places_are_shown_before_paths(browser, learn, tmp_path):
+    from fastai_selfattn.placement.insert import Place
+    from fastai_selfattn.placement.sites import Site
+    model = copy.deepcopy(learn.model)
+    model.heads.attention_place = Place(Site('decoder.1', 'heads', 24), 'replace')
+    browser.open(attention_explorer(learner(tmp_path / 'pictures', model), fname=tmp_path / 'page.html', max_n=1))
+    assert browser.js('return document.querySelector(".layer option").textContent') == 'decoder.1 (heads) · 18×30'
+
+
+@pytest.mark.parametrize('compare', [False, True], ids=['one', 'two'])
+@pytest.mark.parametrize('width', [820, 1100])
+def test_it_fits_its_frame(browser, page, tmp_path, width, compare):
+    host = tmp_path / 'host.html'
+    host.write_text(f'<!doctype html><meta charset="utf-8"><script>window.explorer = {{ready: Promise.resolve()}}</script>{page._repr_html_()}', encoding='utf-8')
+    browser.open(host, width, 1000)
+    browser.driver.switch_to.frame(browser.find('iframe'))
+    browser.driver.execute_async_script('const done = arguments[0], wait = () => window.explorer ? explorer.ready.then(done) : setTimeout(wait, 20); wait()')
+    browser.select(compare=compare)
+    for _ in range(5): browser.frame()
+    high, inside, across, wide = browser.js('const e = document.documentElement; return [e.scrollHeight, innerHeight, e.scrollWidth, e.clientWidth]')
+    assert across <= wide and (high <= inside or width < 900 and compare)      # with three pictures in two rows it scrolls
+    assert browser.canvas().size['height'] >= 130
+    browser.driver.switch_to.default_content()
+
+
 def test_names_are_shown_as_they_are_and_do_not_run(browser, evil):
     browser.open(evil)
     shown = lambda css: browser.js('return Array.from(document.querySelectorAll(arguments[0]), e => e.textContent)', css)
     assert shown('h1') == [EVIL] and browser.driver.title.split() == EVIL.split() and shown('#pictures span') == [EVIL_FILE, 'b.png']
-    assert shown('select')[0] == EVIL + EVIL + '2' and shown('.panel:first-child .pick label:last-child option') == [EVIL_LAYER + ' · 9×15', 'second · 9×15']
+    assert shown('select')[0] == EVIL + EVIL + '2' and shown('.panel:first-child .pick .layer option') == [EVIL_LAYER + ' · 9×15', 'second · 9×15']
     assert not browser.all('img[src="x"]') and not browser.all('main b[onclick]') and len(browser.all('img')) == 2 and browser.js('return window.ran') is None
     browser.choose('layer in A', EVIL_LAYER + ' · 9×15')
     browser.click((17, 31))

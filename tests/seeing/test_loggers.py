@@ -830,7 +830,7 @@ def test_overlays_show_the_map_and_the_point(tmp_path, files):
     with Image.open(tmp_path / 'maps/epoch-001-4-picture-0.png') as image: found = np.asarray(image)
     rec = spy.seen[1]
     fig = plt.figure(figsize=(found.shape[1] / 100, found.shape[0] / 100), dpi=100, layout='constrained')
-    show_attention(logger.pictures.images, rec.maps, rec.points, '4', 0, titles=['8.png'], gammas=rec.gammas, pools=rec.pools, ax=fig.subplots(1, 2, squeeze=False))
+    show_attention(logger.pictures.images, rec.maps, rec.points, '4', 0, titles=['8.png'], gammas=rec.gammas, pools=rec.pools, changes=rec.changes, shapes=logger.pictures.shapes, ax=fig.subplots(1, 2, squeeze=False))
     fig.canvas.draw()
     want = np.asarray(fig.canvas.buffer_rgba())[..., :3]
     plt.close(fig)

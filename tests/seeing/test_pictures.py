@@ -6,20 +6,21 @@ import pandas as pd
 import pytest
 import torch
 from conftest import named
-from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.block import CategoryBlock, DataBlock, RegressionBlock
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import ColReader, IndexSplitter, Normalize
 from fastai.learner import Learner
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.torch_core import TensorImage
-from fastai.vision.augment import Brightness, Flip
+from fastai.vision.augment import Brightness, Flip, Resize
 from fastai.vision.core import PILImage, imagenet_stats
 from fastai.vision.data import ImageBlock
 from PIL import Image
 from torch import nn
 from watched import close
 
-from fastai_selfattn.seeing.pictures import pictures
+from fastai_selfattn.seeing.pictures import pictures, predicted_classes
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
@@ -183,3 +184,26 @@ def test_pictures_that_are_numbers_are_called_by_them(files):
     learn = learner(files, get_x=lambda i: files[i], get_y=lambda i: label(files[i]), source=list(range(len(files))))
     p = check(pictures(learn, [7, np.int64(2)]), [files[7], files[2]])
     assert p.names == ['picture 7', 'picture 2'] and p.items == [7, 2]
+
+
+@pytest.mark.parametrize('tfms,shape', [(dict(item_tfms=Resize(24, method='squish')), (8, 24)), (dict(item_tfms=Resize((30, 24), method='squish')), (8, 24)), (dict(item_tfms=Resize(24, method='crop')), (24, 24)),
+                                        (dict(item_tfms=Resize(24, method='pad', pad_mode='zeros')), (24, 24)), (dict(batch_tfms=Flip(size=24)), (8, 24)),
+                                        (dict(item_tfms=Resize((12, 24), method='crop'), batch_tfms=Flip(size=36)), (18, 36)), (dict(item_tfms=Resize((12, 36), method='squish'), batch_tfms=Flip(size=36)), (12, 36)),
+                                        (dict(), (20, 60))], ids=['squish', 'squish tall', 'crop', 'pad', 'batch', 'crop then batch', 'both', 'none'])
+def test_squeezed_pictures_have_a_shape_of_their_own(tmp_path, tfms, shape):
+    Image.new('RGB', (60, 20)).save(tmp_path / 'a.png')
+    dls = DataBlock((ImageBlock, RegressionBlock), get_items=lambda p: [p / 'a.png'], get_y=lambda f: 0., splitter=lambda items: ([0], [0]), **tfms).dataloaders(tmp_path, bs=1, num_workers=0)
+    learn = Learner(dls, nn.Conv2d(3, 3, 1), loss_func=nn.MSELoss())
+    (h, w), = pictures(learn).shapes
+    assert h / w == pytest.approx(shape[0] / shape[1], rel=.03) and pictures(learn, torch.rand(2, 3, 24, 30)).shapes == [(24, 30)]*2
+
+
+LOSSES = {'flat': (CrossEntropyLossFlat(axis=1), 3, lambda o: o.argmax(1)), 'plain': (nn.CrossEntropyLoss(), 3, lambda o: o.argmax(1)), 'flat logits': (BCEWithLogitsLossFlat(), 1, lambda o: o[:, 0] > 0),
+          'logits': (nn.BCEWithLogitsLoss(), 1, lambda o: o[:, 0] > 0), 'regression': (MSELossFlat(), 3, None), 'plain regression': (nn.MSELoss(), 1, None)}
+@pytest.mark.parametrize('loss', LOSSES)
+def test_classes_that_a_model_predicts(loss):
+    loss_func, c, want = LOSSES[loss]
+    out = torch.randn(2, c, 5, 7, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    got = predicted_classes(loss_func, out, (5, 7))
+    assert got is None if want is None else torch.equal(got, want(out).int())
+    assert predicted_classes(loss_func, out, (10, 14)) is None and predicted_classes(loss_func, out[:, :, 0, 0], (5, 7)) is None and predicted_classes(loss_func, (out, out), (5, 7)) is None

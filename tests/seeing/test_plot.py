@@ -20,6 +20,7 @@ from torch import nn
 from fastai_selfattn.seeing.chart import plot_attention_stats, plot_gamma, plot_sites
 from fastai_selfattn.seeing.plot import plot_attention, show_attention, show_attention_growth, show_receptive_field
 from fastai_selfattn.placement.sites import Site, attention_sites
+from watched import top_weight
 
 H, W = 33, 50
 
@@ -271,7 +272,11 @@ def maps(bs=2, n=3):
     def some(h, w, peak): return (peak * torch.rand(bs, n, h * w, generator=gen)).softmax(-1).view(bs, n, h, w)
     return {'body.2': some(3, 5, 1.), 'body.5': some(5, 7, 20.), 'head.attn': some(2, 3, 3.)}
 
-def strongest(m): return m.max().item() * m[0, 0].numel()
+def strongest(m): return m.max().item() * m.shape[-2] * m.shape[-1]
+
+def strong(m):
+    "The top of the colour scale of maps `m`, in averages"
+    return max(map(top_weight, m.flatten(0, -3).tolist())) * m.shape[-2] * m.shape[-1]
 
 def heading(ax): return ' '.join(ax.texts[0].get_text().splitlines())
 
@@ -293,10 +298,69 @@ def test_a_row_for_each_picture_and_layer():
             np.testing.assert_allclose(ax.images[1].get_array(), ms[name][i, k] * ms[name][i, k].numel(), rtol=1e-5)
             assert ax.lines[-1].get_xydata().tolist() == [list(POINTS[k][::-1])] and ax.get_title() == f'{k}: pixel {POINTS[k]}'
             assert ax.get_aspect() == 1 and ax.images[1].get_cmap().name == 'magma'
-            assert ax.images[1].get_clim() == (0, pytest.approx(max(2, strongest(ms[name]))))      # one scale a layer
+            assert ax.images[1].get_clim() == (0, pytest.approx(max(2, strong(ms[name][i]))))      # one scale for each picture in a layer
     assert strongest(ms['body.2']) < 2 and len(bars(axs[0, 0].figure)) == 6
+    tops = [(strong(m[i]), strongest(m[i])) for i in range(2) for m in ms.values()]
     assert {bar.get_ylabel() for bar in bars(axs[0, 0].figure)} == {'attention,\n1 = average'}
-    assert [bar.get_ylim()[1] for bar in bars(axs[0, 0].figure)] == pytest.approx([max(2, strongest(m)) for m in ms.values()] * 2)
+    assert [bar.get_yticklabels()[-1].get_text() for bar, (top, most) in zip(bars(axs[0, 0].figure), tops) if most > max(2, top)] == [f'to {most:.3g}' for top, most in tops if most > max(2, top)]
+    assert [bar.get_ylim()[1] for bar in bars(axs[0, 0].figure)] == pytest.approx([max(2, top) for top, _ in tops])
+    axs = show_attention(ims, ms, POINTS, scale='layer')
+    assert all(ax.images[1].get_clim() == (0, pytest.approx(max(2, strongest(ms[name])))) for row, name in zip(axs, [*ms] * 2) for ax in row[1:])
+
+
+def nine(single=118.):
+    "Three pictures with three maps of 24x24 cells each, spots that reach 2.5 to 3.1 averages, and in one map a single cell in the corner"
+    rows, cols = torch.meshgrid(torch.arange(24), torch.arange(24), indexing='ij')
+    m = torch.stack([torch.stack([.6 + (1.9 + .3*k)*torch.exp(-((rows - r)**2 + (cols - 3*k - 5)**2) / 18) for r in (4, 11, 19)]) for k in range(3)])
+    m[1, 2, 23, 0] = single
+    return m / 576
+
+@pytest.mark.parametrize('single', [118., 1e4])
+def test_a_single_cell_leaves_every_map_its_colours(single):
+    "Six of nine maps were plain grey in a real run: one cell of one picture had taken the whole scale"
+    m, ims = nine(single), torch.rand(3, 3, 48, 48)
+    axs = show_attention(ims, {'a.1': m}, [(8, 8), (22, 22), (40, 8)])
+    def colours(ax): return ax.images[1].norm(np.asarray(ax.images[1].get_array()))
+    for row in axs:
+        for ax in row[1:]: assert np.sort(colours(ax).ravel())[-20:].min() > .6 and np.ptp(np.sort(colours(ax).ravel())[:-1]) > .5
+    said = [(bar._colorbar.extend, [t.get_text() for t in bar.get_yticklabels() if t.get_text().startswith('to ')]) for bar in bars(axs[0, 0].figure)]
+    assert said == [('neither', []), ('max', [f'to {single:.3g}']), ('neither', [])]
+    alone = show_attention(ims, {'a.1': m}, [(8, 8), (22, 22), (40, 8)], pictures=1, queries=2, ax=plt.figure().subplots())
+    assert alone.images[1].get_clim()[1] == pytest.approx(strong(m[1:2, 2:])) and strong(m[1:2, 2:]) < 3
+
+
+def test_peaks_of_200_averages_and_what_stands_around_them():
+    "As in paint by swatch: a few cells take nearly all, on one scale with a map that is nearly even"
+    m = torch.full((1, 2, 32, 32), .1)
+    m[0, 0, 4:6, 7:9], m[0, 0, 3, 7:9], m[0, 1] = 200., 10., 1.
+    m[0, 1, 8:12, 8:12] = 3.
+    axs = show_attention(torch.rand(1, 3, 64, 64), {'a.1': m / 1024}, [(9, 9), (40, 40)])
+    norm = axs[0, 1].images[1].norm
+    assert norm.vmax == pytest.approx(200) and axs[0, 2].images[1].get_clim() == (0, norm.vmax)
+    none, little, average, three, halo, half, peak = map(float, norm([0, .1, 1, 3, 10, 100, 200]))
+    assert none == 0 and little < .05 and average > .18 and three > average + .12 and .5 < halo < .6 and .85 < half < .95 and peak == pytest.approx(1)
+    np.testing.assert_allclose(norm.inverse(norm([.1, 1, 30, 200])), [.1, 1, 30, 200], rtol=1e-6)
+    (bar,) = bars(axs[0, 0].figure)
+    axs[0, 0].figure.canvas.draw()
+    assert [t for t in bar.get_yticks() if 0 <= t <= 200] == [0, 1, 3, 10, 30, 100]
+
+
+@pytest.mark.parametrize('top', [2, 6])
+def test_low_scales_are_linear(top):
+    norm = plot_attention(image(), amap(), (7, 20), vmax=top).images[-1].norm
+    np.testing.assert_allclose(norm([0, .5, 1, top]), np.array([0, .5, 1, top]) / top)
+
+
+def test_headings_say_what_attention_adds():
+    changes = {'body.2': torch.tensor([.013, .2]), 'head.attn': torch.tensor([.4, .0049])}
+    axs = show_attention(images(), maps(), POINTS, gammas={'head.attn': .013}, changes=changes)
+    does = ['body.2, attention changes the features by 1%', 'body.5', 'head.attn, gamma 0.013, attention changes the features by 40%',
+            'body.2, attention changes the features by 20%', 'body.5', 'head.attn, gamma 0.013, attention does nothing here: it changes the features by 0.5%']
+    assert [heading(ax) for ax in axs[:, 0]] == [f'picture {i//3}, {said} query pixels' for i, said in enumerate(does)]
+    axs = show_attention(images(), maps(), POINTS, 'head', pictures=1, queries=0, changes=changes)     # `changes` of the picture that is chosen
+    assert 'by 0.5%' in heading(axs[0, 0])
+    ax = show_attention(images(), maps(), POINTS, 'head', pictures=1, queries=0, changes=changes, ax=plt.figure(figsize=(2.5, 2)).subplots())
+    assert 'attention does nothing here: it changes the features by 0.5%' in ' '.join(ax.get_title().splitlines()) and max(map(len, ax.get_title().splitlines())) < 40
 
 
 @pytest.mark.parametrize('scale', ['all', 3., 100])
@@ -314,8 +378,9 @@ def test_maps_that_are_not_numbers_leave_the_scale_to_the_others():
     ms = maps()
     ms['body.5'][0, 0] = torch.nan
     top = strongest(ms['body.5'].nan_to_num(0))
-    for axs in (show_attention(images(), ms, POINTS, 'body.5')[:, 1:], show_attention_growth(image(), ms['body.5'][0], (7, 20))[None]):
+    for axs in (show_attention(images(), ms, POINTS, 'body.5', scale='layer')[:, 1:], show_attention_growth(image(), ms['body.5'][0], (7, 20))[None]):
         assert all(ax.images[1].get_clim() == (0, pytest.approx(top)) for ax in axs.flat)
+        assert np.isfinite(axs[0, 0].images[1].get_alpha()).all()
         top = max(2, strongest(ms['body.5'][:1].nan_to_num(0)))
     assert show_attention_growth(image(), torch.full((2, 3, 5), torch.nan), (7, 20))[0].images[1].get_clim() == (0, 2)
 
@@ -324,7 +389,7 @@ def test_one_layer_has_one_bar_over_what_is_chosen():
     ms = maps()
     axs = show_attention(images(), ms, POINTS, 'body.5', queries=[2], pictures=1)
     (bar,) = bars(axs[0, 0].figure)
-    assert bar.get_ylim()[1] == pytest.approx(strongest(ms['body.5'][1:, 2:])) != strongest(ms['body.5']) and axs.shape == (1, 2)
+    assert bar.get_ylim()[1] == pytest.approx(strong(ms['body.5'][1:, 2:])) != strong(ms['body.5']) and axs.shape == (1, 2)
 
 
 @pytest.mark.parametrize('layers,want', [('body.2', ['body.2']), ('body.*', ['body.2', 'body.5']), (['head.attn', 'body.[2-4]'], ['body.2', 'head.attn']), (['*', 'body.2'], ['body.2', 'body.5', 'head.attn']), (('*.*5',), ['body.5'])], ids=named)
@@ -362,6 +427,35 @@ def test_headings():
     assert [heading(ax) for ax in axs[:, 0]] == [f'b.png, {s} query pixels' for s in ('body.2, gamma -0.0123', 'body.5, gamma 0, pooled 2x2', 'head.attn')]
 
 
+def test_headings_name_places_before_paths_and_the_head():
+    axs = show_attention(images(), maps(), POINTS, pictures=0, places={'body.5': 'decoder.1'}, head=2, gammas={'body.5': .5})
+    assert [heading(ax) for ax in axs[:, 0]] == [f'picture 0, {s} query pixels' for s in ('body.2, head 2', 'decoder.1 (body.5), head 2, gamma 0.5', 'head.attn, head 2')]
+
+
+def test_pictures_that_were_squeezed_have_their_own_proportions():
+    shapes = [(33, 100), (90, 50)]
+    axs = show_attention(images(), maps(n=1), POINTS[:1], 'body.2', shapes=shapes)
+    axs[0, 0].figure.canvas.draw()
+    for row, (h, w) in zip(axs, shapes):
+        for ax in row:
+            box = ax.get_window_extent()
+            assert box.height / box.width == pytest.approx(h / w, rel=.01)
+            assert {tuple(im.get_extent()) for im in ax.images} == {(-.5, W - .5, H - .5, -.5)}      # coordinates stay pixels of the model's input
+    for axs in (show_attention_growth(image(), maps()['body.2'][0], (7, 20), shape=(33, 100)), [plot_attention(image(), amap(), (7, 20), shape=(33, 100))]):
+        axs[0].figure.canvas.draw()
+        assert all(ax.get_window_extent().width / ax.get_window_extent().height == pytest.approx(100 / 33, rel=.01) for ax in axs)
+
+
+def test_what_is_predicted_is_outlined_in_the_picture():
+    masks = torch.zeros(2, H, W, dtype=torch.int)
+    masks[1, 5:20, 10:30] = 2
+    axs = show_attention(images(), maps(n=1), POINTS[:1], 'body.2', masks=masks)
+    assert [len(ax.collections) for ax in axs.flat] == [0, 0, 2, 0]
+    line = np.concatenate(axs[1, 0].collections[0].get_paths()[0].to_polygons())
+    assert (line.min(0).tolist(), line.max(0).tolist()) == ([9.5, 4.5], [29.5, 19.5])
+    assert axs[1, 0].get_xlim() == (-.5, W - .5) and axs[1, 0].get_ylim() == (H - .5, -.5)
+
+
 def test_one_point_has_no_number():
     axs = show_attention(images(), maps(n=1), POINTS[:1], 'body.2')
     assert axs[0, 1].get_title() == 'pixel (7, 20)' and not badges(axs[0, 0])
@@ -382,7 +476,7 @@ def test_kinds_of_tensors(kind, channels):
 
 CHOICES = [(dict(layers='tail.*'), r'no layer tail\.\*: there are body\.2, body\.5, head\.attn'), (dict(layers=['body.2', 'x', 'y']), 'no layer x, y: there are'), (dict(layers=[]), 'no layer chosen: there are body'),
            (dict(pictures=2), r'`pictures` must be among 0 to 1, got \[2\]'), (dict(pictures=[0, -3]), r'among 0 to 1, got \[0, -3\]'), (dict(pictures=[]), r'among 0 to 1, got \[\]'),
-           (dict(queries=[3]), r'`queries` must be among 0 to 2, got \[3\]'), (dict(queries='a'), r"among 0 to 2, got \['a'\]"), (dict(scale='layers'), "`scale` must be 'layer', 'all' or a number above 0, got 'layers'"), (dict(scale=0), 'got 0'), (dict(scale=-1.), r'got -1\.0')]
+           (dict(queries=[3]), r'`queries` must be among 0 to 2, got \[3\]'), (dict(queries='a'), r"among 0 to 2, got \['a'\]"), (dict(scale='layers'), "`scale` must be 'picture', 'layer', 'all' or a number above 0, got 'layers'"), (dict(scale=0), 'got 0'), (dict(scale=-1.), r'got -1\.0')]
 
 @pytest.mark.parametrize('kwargs,says', CHOICES, ids=named)
 def test_a_choice_that_fits_nothing_says_what_there_is(kwargs, says):
@@ -406,7 +500,7 @@ def test_one_ax_takes_one_map():
     assert show_attention(images(), ms, POINTS, 'body.5', 1, 2, ax=ax, gammas={'body.5': .5}, pools={'body.5': 2}) is ax and state() == before
     np.testing.assert_allclose(ax.images[1].get_array(), ms['body.5'][1, 2] * 35, rtol=1e-5)
     assert ' '.join(ax.get_title().splitlines()) == 'picture 1, body.5, gamma 0.5, pooled 2x2, 2: pixel (32, 0)'
-    assert ax.images[1].get_clim()[1] == bars(fig)[0].get_ylim()[1] == pytest.approx(strongest(ms['body.5'][1:, 2:])) and len(fig.axes) == 2
+    assert ax.images[1].get_clim()[1] == bars(fig)[0].get_ylim()[1] == pytest.approx(strong(ms['body.5'][1:, 2:])) and len(fig.axes) == 2
     for kwargs, n, shape in ((dict(), 18, '6x4'), (dict(layers='body.2', queries=0), 2, '2x2'), (dict(layers='body.2', pictures=0), 3, '1x4')):
         with pytest.raises(ValueError, match=f'one `ax` holds one map, and {n} are chosen: choose one, or give an array of {shape} axes'): show_attention(images(), ms, POINTS, ax=ax, **kwargs)
 
@@ -417,7 +511,7 @@ def test_an_array_of_axes_is_drawn_into_and_returned(given):
     plt.figure()
     before = state()
     got = show_attention(images(), maps(), POINTS, 'body.5', ax=given(axs))
-    assert got.shape == (2, 4) and all(a is b for a, b in zip(got.flat, axs.flat)) and state() == before and len(fig.axes) == 9
+    assert got.shape == (2, 4) and all(a is b for a, b in zip(got.flat, axs.flat)) and state() == before and len(fig.axes) == 10
     assert [len(ax.images) for ax in axs.flat] == [1, 2, 2, 2] * 2
     want = show_attention(images(), maps(), POINTS, 'body.5')
     for a, b in zip(got[:, 1:].flat, want[:, 1:].flat): np.testing.assert_array_equal(a.images[1].get_array(), b.images[1].get_array())

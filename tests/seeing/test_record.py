@@ -864,3 +864,33 @@ def test_what_attention_off_passes_on_is_no_alias():
 @pytest.mark.parametrize('size', [64, (0, 64), (6.4, 64), '64', ()], ids=named)
 def test_image_size_is_checked_at_once(size):
     with pytest.raises(ValueError, match='`image_size` must be'): AttentionRecorder(net(), 'center', image_size=size)
+
+
+def test_a_head_alone():
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(3, 24, 3, 2, 1), SelfAttention(24, reduction=2, heads=3), SelfAttention(24, reduction=2, heads=3, pool=2))
+    x, points = images(size=(22, 30)), [(3, 5), (20, 29)]
+    def look(**kwargs):
+        with torch.no_grad(), AttentionRecorder(model.eval(), points, **kwargs) as rec: model(x)
+        return rec
+    mean, heads = look(vectors=True), [look(head=i) for i in range(3)]
+    for name in ('1', '2'):
+        maps = [h.maps[name] for h in heads]
+        close(sum(maps)/3, mean.maps[name])
+        assert min((a - b).abs().max() for a, b in zip(maps, maps[1:])) > 1e-3
+        q, k = mean.queries[name], mean.keys[name]
+        for i, m in enumerate(maps):
+            rows = (q[:, i].flatten(1, 2) @ k[:, i].flatten(1, 2).mT).softmax(-1)
+            close(m.flatten(2), rows[:, [1*15 + 2, 10*15 + 14]], atol=1e-5, rtol=1e-4)
+        close(sum(h.stats[name].distance for h in heads)/3, mean.stats[name].distance)
+        assert (heads[0].stats[name].distance - heads[1].stats[name].distance).abs().max() > 1e-2
+
+@pytest.mark.parametrize('head', [-1, 1.5, True, 'all'])
+def test_what_is_no_head(head):
+    with pytest.raises(ValueError, match='`head` must be the number of a head, counted from 0, or None'): AttentionRecorder(net(), head=head)
+
+def test_a_head_that_a_layer_does_not_have():
+    model = net()
+    before = hooks(model)
+    with pytest.raises(ValueError, match='no head 1 in a layer with 1, counted from 0'), AttentionRecorder(model, head=1): model(images())
+    assert hooks(model) == before
