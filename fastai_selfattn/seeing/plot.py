@@ -44,7 +44,7 @@ def _aspect(image, shape):
     h,w = image.shape[-2:]
     return shape[0]*w/(shape[1]*h) if shape else 1
 
-# %% ../../nbs/api/seeing/plot.ipynb #fb012665
+# %% ../../nbs/api/seeing/plot.ipynb #fb3ded3c
 def plot_attention(
     image:Tensor, # (h, w), (1, h, w) or (3, h, w) image, values 0 to 1
     amap:Tensor, # (mh, mw) weights of one query pixel, as a row of `ops.attention_weights`; sums to 1
@@ -83,7 +83,7 @@ def _grid(h, w, n, blocks=1, imsize=2., lines=1):
     nrows = math.ceil(n/ncols)
     ncols = math.ceil(n/nrows)
     width = min(imsize*w/h, room/ncols)
-    figsize = max(1.45, width)*ncols+1, (width*h/w+.17*lines+.12)*blocks*nrows
+    figsize = max(1.45, width)*ncols+1, (width*h/w+.17*lines+.1)*blocks*nrows
     axs = plt.subplots(blocks*nrows, ncols, figsize=figsize, squeeze=False, layout='constrained')[1].reshape(blocks, -1)
     for ax in axs[:,n:].flat: ax.remove()
     return axs[:,:n]
@@ -152,8 +152,8 @@ def _show_picture(ax, image, points, queries, heading, shape, mask):
     ax.imshow(image, cmap='gray', vmin=0, vmax=1, aspect=aspect)
     if mask is not None: _draw_classes(ax, mask.cpu().numpy())
     text = _heading(ax, heading)+'\nquery pixels'
-    # An invisible title keeps the height of the heading free; a title as wide as the heading would push the maps away.
-    ax.set_title('\n'.join('|' for _ in text.splitlines()), fontsize=9, alpha=0)
+    # An invisible title keeps the height of the heading free, and a pixel or two; one as wide as the heading would push the maps away.
+    ax.set_title('\n'.join('|' for _ in text.splitlines()), fontsize=10, alpha=0)
     pad = 0, plt.rcParams['axes.titlepad']
     ax.annotate(text, (0,1), pad, xycoords='axes fraction', textcoords='offset points', fontsize=9, va='baseline').set_in_layout(False)
     _number(ax, points, queries, *image.shape[:2])
