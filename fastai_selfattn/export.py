@@ -21,7 +21,6 @@ import torch
 from fastai.data.transforms import Normalize
 from fastai.layers import ToTensorBase
 from fastai.learner import Learner
-from fasttransform.transform import Pipeline
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -57,8 +56,8 @@ class Deployed(nn.Module):
             raise ValueError(f"{type(learn.loss_func).__name__} has no `decodes`, so there are no classes: use `output='probs'` or 'raw'")
         self.model = _without_tensor_base(deepcopy(bare_model(learn.model))).cpu().eval().requires_grad_(False)
         for conv in normed(self.model): bake(conv)
-        tfms = getattr(learn.dls, 'after_batch', None)     # a method where there are none
-        norm = next((t for t in tfms if isinstance(t, Normalize)), None) if isinstance(tfms, Pipeline) else None
+        tfms = getattr(getattr(learn.dls, 'after_batch', None), 'fs', ())     # a `Pipeline` in the loaders that fastai makes
+        norm = next((t for t in tfms if isinstance(t, Normalize)), None)
         for name in ('mean','std'):
             value = getattr(norm, name).detach().cpu().as_subclass(Tensor) if norm else None
             self.register_buffer(name, value)

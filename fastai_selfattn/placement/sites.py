@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..attention.kinds import did_you_mean, is_attention, path_matches
 from ..attention.layers import SelfAttention
 from .price import Price, check_layer, default_price, fastai_mib, layer_name, price_at
-from .trace import examples, image_of, map_dims, trace
+from .trace import image_of, map_dims, run_example
 from ..quiet import bare_model, check_whole, model_and_learner
 
 # %% ../../nbs/api/placement/sites.ipynb #04102a86
@@ -65,7 +65,8 @@ class Site(NamedTuple):
     def note(self)->str:
         "What the table says beside the numbers"
         said = [self.reason or self.cost.unfit, self.has and f'has {self.has}', self.is_fastais and "fastai's own place"]
-        if self.axis > 1 and not self.reason: said.append('channels last' if self.axis == len(self.map)+1 else f'channels on side {self.axis}')
+        if self.axis > 1 and not self.reason:
+            said.append('channels last' if self.axis == len(self.map)+1 else f'channels on side {self.axis}')
         return '; '.join(filter(None, [*said, self.calls > 1 and f'called {self.calls} times']))
 
 # %% ../../nbs/api/placement/sites.ipynb #8d6f5f83
@@ -268,21 +269,6 @@ def _bare(model):
     return model,learn
 
 # %% ../../nbs/api/placement/sites.ipynb #e3cfd3ba
-def _run(model, size):
-    "Arguments with which `model` runs, words for them, and the trace; `ValueError` if it does not run"
-    with torch.inference_mode(False), torch.no_grad():
-        for args,where in examples(model, size):
-            x = image_of(args)
-            what,a = ('image','an image') if x.dim() > 2 else ('vector','a vector')
-            shape = 'x'.join(map(str, x.shape[1:]))
-            try: calls,attention = trace(model, args)
-            except Exception as e:
-                failed,why = e,f"this {type(model).__name__} does not run on {a} of {shape} ({where}): {type(e).__name__}: {e}"
-                continue
-            if size is not None or what == 'image' or any(len(c.as_is) > 2 for cs in calls.values() for c in cs):
-                return args,f'{what} {shape} ({where})',(calls,attention)
-    raise ValueError(f"{why}. Give another `size`, or a batch") from failed
-
 def find_sites(
     model:nn.Module|Learner, # any CNN, or a Learner
     size=None, # of the image, as `attention_sites` takes it
@@ -292,7 +278,7 @@ def find_sites(
     "The sites of `model`, from one forward pass that changes nothing"
     model,learn = _bare(model)
     if learn and size is None: size = learn.dls
-    args,image,(calls,attention) = _run(model, size)
+    args,image,(calls,attention) = run_example(model, size)
     nd,layers = map_dims(model, calls, image_of(args)),[p for p,m in model.named_modules() if p and is_attention(m)]
     every = {p:_site(p, calls, attention, nd, layers) for p in calls if p and f'{p}._orig_mod' not in calls}
     if isinstance(model, DynamicUnet): names = {n:p for n,p in _unet_names(model, calls).items() if p in calls}
@@ -350,7 +336,8 @@ def _match(self:Sites, where):
             raise _no_match("True means the third-to-last block of a `DynamicUnet`, where fastai puts its own attention, and this model "
                             "has no such block (fastai itself would place no attention, and say nothing)", self)
     elif isinstance(where, str):
-        found = [s for s in self._sites if path_matches(s.name, where)] or [s for p,s in self.every.items() if path_matches(p, where) or path_matches(_plain(p), where)]
+        found = [s for s in self._sites if path_matches(s.name, where)]
+        found = found or [s for p,s in self.every.items() if any(path_matches(name, where) for name in (p,_plain(p)))]
         if not found: raise _no_match(f"no site matches {where!r}", self, where)
         first = found[0]
         if first.reason and where in (first.name,first.path): raise _no_match(f"no attention fits at {where!r}: {first.reason}", self)

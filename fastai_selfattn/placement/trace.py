@@ -65,7 +65,8 @@ def _call(number, axes, entered, out):
     "The `Call` of a module that `entered` (number, tensor) and gave `out`"
     n,x = entered
     cell_in,cell = (axes.cell(t) if isinstance(t, Tensor) else [None] for t in (x,out))
-    if not isinstance(out, Tensor): return Call(n, () if x is None else tuple(x.shape), cell_in, 0, (), cell, type(out).__name__, torch.empty(0))
+    if not isinstance(out, Tensor):
+        return Call(n, () if x is None else tuple(x.shape), cell_in, 0, (), cell, type(out).__name__, torch.empty(0))
     if cell_in[0] and x.shape == out.shape:     # where a function could not be looked into, or heads were split: as it went in
         cell[0] = cell[0] or cell_in[0]
         cell[0] = cell[0]._replace(whole=cell[0].whole or cell_in[0].whole)
@@ -93,6 +94,7 @@ def _without(hooks, name):
         _without(hooks, name)
         raise
 
+# %% ../../nbs/api/placement/trace.ipynb #4e657292
 def trace(model, args):
     "Run `model` once: the calls of each module by path, as they ended, and the class of the attention layer next to a map, by its number"
     number,axes,calls,entered,attention = _numbers(),Axes(),{},{},{}
@@ -114,6 +116,21 @@ def trace(model, args):
         with eagerly(), undisturbed(model), axes: _forward(model)(*args)
     finally: _without(hooks, name)
     return calls,attention
+
+def run_example(model, size):
+    "Arguments with which `model` runs, words for them, and the trace; `ValueError` if it does not run"
+    with torch.inference_mode(False), torch.no_grad():
+        for args,where in examples(model, size):
+            x = image_of(args)
+            what,a = ('image','an image') if x.dim() > 2 else ('vector','a vector')
+            shape = 'x'.join(map(str, x.shape[1:]))
+            try: calls,attention = trace(model, args)
+            except Exception as e:
+                failed,why = e,f"this {type(model).__name__} does not run on {a} of {shape} ({where}): {type(e).__name__}: {e}"
+                continue
+            if size is not None or what == 'image' or any(len(c.as_is) > 2 for cs in calls.values() for c in cs):
+                return args,f'{what} {shape} ({where})',(calls,attention)
+    raise ValueError(f"{why}. Give another `size`, or a batch") from failed
 
 # %% ../../nbs/api/placement/trace.ipynb #0ad7eb4d
 _convs = nn.Conv1d,nn.Conv2d,nn.Conv3d
@@ -170,7 +187,8 @@ def example(model, size):
         size = None     # no data
     if next(tensors(size), None) is not None:
         batch = as_sequence(size)
-        return _first_example(batch[:max(1, len(batch)-1)], model, image_conv),'one image of the batch'     # the last of several is the target
+        inputs = batch[:max(1, len(batch)-1)]     # the last of several is the target
+        return _first_example(inputs, model, image_conv),'one image of the batch'
     if size is None:
         if not conv:
             raise ValueError(f"no conv in this {type(model).__name__} to read channels from: "

@@ -74,8 +74,9 @@ def _layer(recs, name, label):
         views.append(dict(scale=q_scale*k_scale, queries=_base64(q16), keys=_base64(k16), of=of))
     if len(recs) == 1: views = [{k:v for k,v in view.items() if k != 'of'} for view in views]     # all are as the layer says
     changes = [_number(c) for rec in recs for c in rec.changes[name].tolist()]
-    layer = dict(name=name, site=recs[0].places.get(name, ''), heads=heads, d=d, **of, pool=recs[0].pools[name], gamma=_number(recs[0].gammas.get(name, math.nan)),
-                 changes=changes, pictures=views)
+    rec = recs[0]
+    layer = dict(name=name, site=rec.places.get(name, ''), heads=heads, d=d, **of, pool=rec.pools[name],
+                 gamma=_number(rec.gammas.get(name, math.nan)), changes=changes, pictures=views)
     return layer,off,share
 
 # %% ../../nbs/api/seeing/explorer.ipynb #78cc3981

@@ -155,6 +155,7 @@ def _new_axes(n_rows, ratio, imsize):
     figsize = min(7, 2*imsize*ratio+1),(imsize+.25)*n_rows
     return plt.subplots(n_rows, 2, figsize=figsize, squeeze=False, layout='constrained')[1]
 
+# %% ../../nbs/api/seeing/interpret.ipynb #ae4107bc
 @patch
 def plot_top(self:AttentionInterpretation,
     by:str='loss', # as in `top`; the query pixel is the sharpest for 'sharpest', else the one that looks farthest

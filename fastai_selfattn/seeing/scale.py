@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from matplotlib.colors import Normalize
 from matplotlib.ticker import FixedLocator, MaxNLocator
-from torch import Tensor
 from torch.nn import functional as F
 
 # %% ../../nbs/api/seeing/scale.ipynb #301ab16e
