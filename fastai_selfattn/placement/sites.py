@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..attention.kinds import did_you_mean, is_attention, path_matches
 from ..attention.layers import SelfAttention
 from .price import Price, check_layer, default_price, fastai_mib, layer_name, price_at
-from .trace import examples, map_dims, trace
+from .trace import examples, map_dims, plain_path, real_path, trace
 from ..quiet import bare_model, check_whole, model_and_learner
 
 # %% ../../nbs/api/placement/sites.ipynb #04102a86
@@ -65,7 +65,8 @@ class Site(NamedTuple):
     def note(self)->str:
         "What the table says beside the numbers"
         said = [self.reason or self.cost.unfit, self.has and f'has {self.has}', self.is_fastais and "fastai's own place"]
-        if self.axis > 1 and not self.reason: said.append('channels last' if self.axis == len(self.map)+1 else f'channels on side {self.axis}')
+        where = 'channels last' if self.axis == len(self.map)+1 else f'channels on side {self.axis}'
+        if self.axis > 1 and not self.reason: said.append(where)
         return '; '.join(filter(None, [*said, self.calls > 1 and f'called {self.calls} times']))
 
 # %% ../../nbs/api/placement/sites.ipynb #8d6f5f83
@@ -94,23 +95,6 @@ def _site(path, calls, attention, nd, layers=()):
     return Site(path, path, channels, size, into=c.into_shape[1:] if c.into else (), calls=len(cs), has=attention.get(c.out, ''),
                 reason=around or _reason(cs, nd), number=c.out, dtype=c.like.dtype, device=c.like.device,
                 axis=c.sides.channels, turns=c.turns)
-
-# %% ../../nbs/api/placement/sites.ipynb #2ad514e9
-def _plain(path): return '.'.join(p for p in path.split('.') if p != '_orig_mod')
-
-def real_path(
-    model:nn.Module, # any model
-    path:str, # of a module in it, with or without the wrappers of `torch.compile`
-)->str:
-    "Where that module is, inside of all wrappers"
-    m,real = model,[]
-    for name in _plain(path).split('.'):
-        m = m._modules[name]
-        real.append(name)
-        while '_orig_mod' in m._modules:
-            m = m._orig_mod
-            real.append('_orig_mod')
-    return '.'.join(real)
 
 # %% ../../nbs/api/placement/sites.ipynb #fc1c4d9f
 def _is_whole(path, calls, nd):
@@ -295,7 +279,7 @@ def find_sites(
     nd,layers = map_dims(model, calls, args[0]),[p for p,m in model.named_modules() if p and is_attention(m)]
     every = {p:_site(p, calls, attention, nd, layers) for p in calls if p and f'{p}._orig_mod' not in calls}
     if isinstance(model, DynamicUnet): names = {n:p for n,p in _unet_names(model, calls).items() if p in calls}
-    else: names = {_plain(p):real_path(model, p) for p in _listed(model, calls, nd)}
+    else: names = {plain_path(p):real_path(model, p) for p in _listed(model, calls, nd)}
     sites = [every[p]._replace(name=n, is_fastais=n == fastais_place(model)) for n,p in names.items()]
     args = ', '.join(f'{k}={v!r}' for k,v in (layer_args or {}).items())
     what = 'attention' if layer is SelfAttention and not args else layer_name(layer) + f'({args})'*bool(args)
@@ -349,7 +333,8 @@ def _match(self:Sites, where):
             raise _no_match("True means the third-to-last block of a `DynamicUnet`, where fastai puts its own attention, and this model "
                             "has no such block (fastai itself would place no attention, and say nothing)", self)
     elif isinstance(where, str):
-        found = [s for s in self._sites if path_matches(s.name, where)] or [s for p,s in self.every.items() if path_matches(p, where) or path_matches(_plain(p), where)]
+        found = [s for s in self._sites if path_matches(s.name, where)]
+        found = found or [s for p,s in self.every.items() if path_matches(p, where) or path_matches(plain_path(p), where)]
         if not found: raise _no_match(f"no site matches {where!r}", self, where)
         first = found[0]
         if first.reason and where in (first.name,first.path): raise _no_match(f"no attention fits at {where!r}: {first.reason}", self)

@@ -65,12 +65,12 @@ def _call(number, axes, entered, out):
     "The `Call` of a module that `entered` (number, tensor) and gave `out`"
     n,x = entered
     cell_in,cell = (axes.cell(t) if isinstance(t, Tensor) else [None] for t in (x,out))
-    if not isinstance(out, Tensor): return Call(n, () if x is None else tuple(x.shape), cell_in, 0, (), cell, type(out).__name__, torch.empty(0))
+    into = n,() if x is None else tuple(x.shape),cell_in
+    if not isinstance(out, Tensor): return Call(*into, 0, (), cell, type(out).__name__, torch.empty(0))
     if cell_in[0] and x.shape == out.shape:     # where a function could not be looked into, or heads were split: as it went in
         cell[0] = cell[0] or cell_in[0]
         cell[0] = cell[0]._replace(whole=cell[0].whole or cell_in[0].whole)
-    return Call(n, () if x is None else tuple(x.shape), cell_in, number(out), tuple(out.shape), cell, type(out).__name__,
-                torch.empty(0, dtype=out.dtype, device=out.device))
+    return Call(*into, number(out), tuple(out.shape), cell, type(out).__name__, torch.empty(0, dtype=out.dtype, device=out.device))
 
 def _forward(model):
     "What calls all of `model`: of fastai's GAN the critic too, on what the generator made, rather than the one whose turn it is"
@@ -114,6 +114,27 @@ def trace(model, args):
         with eagerly(), undisturbed(model), axes: _forward(model)(*args)
     finally: _without(hooks, name)
     return calls,attention
+
+# %% ../../nbs/api/placement/trace.ipynb #f1ce7603
+def plain_path(
+    path:str, # of a module
+)->str:
+    "`path` without the wrappers of `torch.compile`"
+    return '.'.join(p for p in path.split('.') if p != '_orig_mod')
+
+def real_path(
+    model:nn.Module, # any model
+    path:str, # of a module in it, with or without the wrappers of `torch.compile`
+)->str:
+    "Where that module is, inside of all wrappers"
+    m,real = model,[]
+    for name in plain_path(path).split('.'):
+        m = m._modules[name]
+        real.append(name)
+        while '_orig_mod' in m._modules:
+            m = m._orig_mod
+            real.append('_orig_mod')
+    return '.'.join(real)
 
 # %% ../../nbs/api/placement/trace.ipynb #0ad7eb4d
 _convs = nn.Conv1d,nn.Conv2d,nn.Conv3d
@@ -169,7 +190,8 @@ def example(model, size):
         size = None     # no data
     if isinstance(size, Tensor): size = [size]
     if isinstance(size, (tuple,list)) and size and all(isinstance(t, Tensor) for t in size):
-        return _first_image(size[:max(1, len(size)-1)], None if _vector(model)[0] else conv, like),'one image of the batch'     # the last of several is the target
+        given = size[:max(1, len(size)-1)]     # the last of several is the target
+        return _first_image(given, None if _vector(model)[0] else conv, like),'one image of the batch'
     if size is None:
         if not conv:
             raise ValueError(f"no conv in this {type(model).__name__} to read channels from: "
@@ -180,7 +202,7 @@ def example(model, size):
     else: raise TypeError(f"`size` must be a side, a shape, a batch or `DataLoaders`, got {type(size).__name__}")
     return [torch.zeros(shape, dtype=like.dtype, device=like.device)],where
 
-# %% ../../nbs/api/placement/trace.ipynb #ce3d2ee7
+# %% ../../nbs/api/placement/trace.ipynb #766e49c2
 def examples(model, size):
     "What `model` might be called with, the likeliest first, and where that is from; `ValueError`/`TypeError` if `size` says nothing"
     n,nd = _vector(model)
