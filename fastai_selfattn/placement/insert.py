@@ -48,6 +48,7 @@ def _hook(host, name, axis=1):
     host._forward_hooks[f'attention:{name}'] = _Through(name, axis)     # no number, which after unpickling might be given to another hook
     host._forward_hooks.move_to_end(f'attention:{name}', last=False)
 
+# %% ../../nbs/api/placement/insert.ipynb #dbb0ffea
 def _compile_anew():
     "Let `torch.compile` look again: it does not notice hooks that come or go"
     if 'torch._dynamo' in sys.modules: torch.compiler.reset()

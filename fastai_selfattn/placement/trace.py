@@ -78,6 +78,7 @@ def _forward(model):
     if not gan or not isinstance(model, gan.GANModule): return model
     return lambda *args: model.critic(model.generator(*args))
 
+# %% ../../nbs/api/placement/trace.ipynb #7fc79820
 def _hang(hooks, name):
     "Let `hooks`, (module, before, after), be called, under a `name` by which they are found again"
     for m,before,after in hooks:
@@ -115,7 +116,7 @@ def trace(model, args):
     finally: _without(hooks, name)
     return calls,attention
 
-# %% ../../nbs/api/placement/trace.ipynb #f1ce7603
+# %% ../../nbs/api/placement/trace.ipynb #3ae5c745
 def plain_path(
     path:str, # of a module
 )->str:
@@ -202,7 +203,7 @@ def example(model, size):
     else: raise TypeError(f"`size` must be a side, a shape, a batch or `DataLoaders`, got {type(size).__name__}")
     return [torch.zeros(shape, dtype=like.dtype, device=like.device)],where
 
-# %% ../../nbs/api/placement/trace.ipynb #766e49c2
+# %% ../../nbs/api/placement/trace.ipynb #b049aa3e
 def examples(model, size):
     "What `model` might be called with, the likeliest first, and where that is from; `ValueError`/`TypeError` if `size` says nothing"
     n,nd = _vector(model)
