@@ -45,7 +45,7 @@ SLOW = {'compiles, or exports to another format': r'compil|onnx|tensorboard|weig
         'starts processes': r'process|distributed|console_script|installed|wheel|ctrl_c|entry_points|pretrained|same_run|bench_loggers|test_csv|::\w*command|'
                             r'only_learner_patches|imported_by_the_module|repainted_at_its_own',
         'measures memory': r'memory|streamed|peak',
-        'trains or builds whole U-Nets': r'test_versus|bit_by_bit|test_encoders|test_folder|full_disk|goes_on_as|the_whole_journey|any_order|orders',
+        'trains or builds whole U-Nets': r'test_versus|bit_by_bit|test_encoders|test_folder|full_disk|goes_on_as|the_whole_journey|any_order|orders|whole_study',
         'lays out many figures': r'titles_neither|looks_right',
         'proves derivatives in double precision': r'gradcheck',
         'runs a whole page': r'test_notebooks'}

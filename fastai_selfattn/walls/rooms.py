@@ -11,6 +11,7 @@ __all__ = ['render_room', 'make_rooms']
 import operator
 from collections import namedtuple
 from functools import cache
+from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -44,8 +45,8 @@ _Light = namedtuple('_Light', 'pos colour wall')
 
 class _Room:
     "Faces, boxes, the rectangles painted on them, their materials, and lights"
-    def __init__(self, size, rng):
-        self.size,self.rng,self.ambient = np.array(size, np.float32),rng,rng.uniform(.7, 1.4)
+    def __init__(self, size, rng, ambiguity=0.):
+        self.size,self.rng,self.ambient,self.ambiguity = np.array(size, np.float32),rng,rng.uniform(.7, 1.4),ambiguity
         self.mats,self.boxes,self.decals,self.lights = [],[],[],[]
         self.faces,self.taken = [0]*6,[[] for _ in range(6)]
 
@@ -302,6 +303,10 @@ _FURNITURE = dict(   # width, depth, height, parts (u0, u1, d0, d1, z0, z1, mate
     desk=((1., 1.7), (.55, .75), (.72, .78), [(0, 1, 0, 1, .95, 1, 0), (.02, .06, .04, .96, 0, .95, 0),
           (.94, .98, .04, .96, 0, .95, 0)], None))
 
+def _unclear(room):
+    "Whether to leave out what tells furniture from walls; a room that is not ambiguous draws no number for it"
+    return room.ambiguity > 0 and room.rng.random() < room.ambiguity
+
 def _furnish(room, wall, kind, paints):
     "Stand a piece of furniture against a wall if there is room for it"
     rng,(ws,ds,hs,parts,most) = room.rng,_FURNITURE[kind]
@@ -310,12 +315,13 @@ def _furnish(room, wall, kind, paints):
     if u is None: return
     mats = [_material(room, paints(), _pattern(rng)) for _ in range(3)]
     if kind in ('sofa', 'armchair') and rng.random() < .7: mats[1] = mats[0]
+    plain = _unclear(room)
     count = max(1, round(w/rng.uniform(.4, .8))),int(rng.integers(1, most + 1)) if most else int(h/.36)
     for u0,u1,d0,d1,z0,z1,m in parts:
         rect = u + u0*w,z0*h,u + u1*w,z1*h
         face = room.box(*_span(room, wall, rect[0], rect[2], d0*d, d1*d, z0*h, z1*h), mats[m]) + (wall ^ 1)
-        if most and m == 0: _fronts(room, face, rect, mats[0], *count)
-        if kind == 'books': _shelves(room, face, rect, paints, *count)
+        if most and m == 0 and not plain: _fronts(room, face, rect, mats[0], *count)
+        if kind == 'books' and not plain: _shelves(room, face, rect, paints, *count)
 
 # %% ../../nbs/api/walls/rooms.ipynb #78a1ef60
 def _fronts(room, face, rect, mat, nu, nv):
@@ -417,10 +423,21 @@ def _shell(room, paint, second, paints):
         if style > .85: room.grid(s, (*rect, 1.05), skirt), room.grid(s, (*rect, 1.), other)
         room.grid(s, (*rect, h), skirt)
 
+# %% ../../nbs/api/walls/rooms.ipynb #01c71199
+def _panels(room, paints, tries=7):
+    "Panels on the walls, from near the floor to near the ceiling, in two paints of other rooms"
+    rng = room.rng
+    mats = [_material(room, paints(), _pattern(rng)) for _ in range(2)]
+    for wall in [wall for wall in range(4) for _ in range(tries) if _unclear(room)]:
+        w,z = rng.uniform(.4, 1.3),rng.uniform(.1, .5)
+        h = rng.uniform(.8, room.size[2] - z - .2)
+        u = _place(room, wall, w, 0, z, z + h, gap=.05, floor=False)
+        if u is not None: room.grid(wall, (u, z, u + w, z + h), mats[rng.integers(2)])
+
 # %% ../../nbs/api/walls/rooms.ipynb #f52524d0
-def _make_room(rng):
+def _make_room(rng, ambiguity=0.):
     "A furnished room"
-    room = _Room(rng.uniform((3, 3, 2.4), (5.5, 5.5, 3)), rng)
+    room = _Room(rng.uniform((3, 3, 2.4), (5.5, 5.5, 3)), rng, ambiguity)
     (paint,k),(second,k2) = _paint(rng),_paint(rng)
     paints = lambda: _paint(rng, (k, k2))[0]
     _shell(room, paint, second, paints)
@@ -430,7 +447,9 @@ def _make_room(rng):
     for s in walls(rng.integers(1, 4)): _window(room, s, paints, night)
     for s in walls(rng.integers(6, 13)): _furnish(room, s, list(_FURNITURE)[rng.integers(len(_FURNITURE))], paints)
     _middle(room, paints)
-    for s in walls(rng.integers(3, 8)): _picture(room, s, paints)
+    if ambiguity: _panels(room, paints)
+    for s in walls(rng.integers(3, 8)):
+        if not _unclear(room): _picture(room, s, paints)
     x,y,z = room.size*rng.uniform((.35, .35, 1), (.65, .65, 1))
     room.box((x - .2, y - .2, z - .05), (x + .2, y + .2, z), _material(room, np.full(3, .97), contrast=.05, glow=5.))
     room.lights.append(_Light((x, y, z - .4), np.array([1.12, 1., .82])*rng.uniform(1.5, 4)*(1 + night), None))
@@ -471,17 +490,24 @@ def _size(size):
     if min(h, w) < 8 or max(h, w) > 4*min(h, w): raise ValueError(f"`size` must be 8 or more, one side at most 4 times the other, got {size!r}")
     return h,w
 
+def _ambiguity(x):
+    "An ambiguity as a float from 0 to 1, or an error"
+    if isinstance(x, bool) or not isinstance(x, Real): raise TypeError(f"`ambiguity` must be a number from 0 to 1, got {x!r}")
+    if not 0 <= x <= 1: raise ValueError(f"`ambiguity` must be from 0 to 1, got {x!r}")
+    return float(x)
+
 def render_room(
     seed, # int >= 0, or a tuple of them: another seed is another room
     size=128, # int for a square, or (h, w); 8 or more, one side at most 4 times the other
     paints=False, # whether to give the paints too
+    ambiguity=0., # 0 to 1: how much of what tells furniture from walls is left out; another ambiguity is another room
 ): # picture, uint8 (h, w, 3), and mask, bool (h, w), True where wall is seen; number of the paint seen, int16 (h, w), -1 where glass or the lamp shines
     "A furnished room seen from inside, and where its walls are"
-    (first,*more),(h,w) = _seed(seed),_size(size)
+    (first,*more),(h,w),ambiguity = _seed(seed),_size(size),_ambiguity(ambiguity)
     rng = np.random.default_rng(np.random.SeedSequence(first, spawn_key=more))
     cam = None
     while cam is None:
-        room = _make_room(rng)
+        room = _make_room(rng, ambiguity)
         cam = _view(room, rng, h, w)
     return _photo(room, cam, h, w, rng, paints)
 
@@ -491,16 +517,17 @@ def make_rooms(
     n, # number of rooms, 1 or more
     size=128, # int for a square, or (h, w)
     seed=0, # int >= 0: room i is that of `render_room((seed, i), size)`
+    ambiguity=0., # 0 to 1: how much of what tells furniture from walls is left out
 ) -> Path: # path; masks are one channel, 0 or 255
     "Write n rooms and their wall masks; `FileExistsError` if path holds images or masks already"
-    path,n,size,seed = Path(path),_count(n),_size(size),_seed(seed)
+    path,n,size,seed,ambiguity = Path(path),_count(n),_size(size),_seed(seed),_ambiguity(ambiguity)
     for d in (path/'images', path/'masks'):
         if d.exists() and (not d.is_dir() or any(d.iterdir())): raise FileExistsError(f"{d} exists and is not empty: choose another path")
     path.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path, prefix='.unfinished-') as tmp:
         for kind in ('images', 'masks'): (Path(tmp)/kind).mkdir()
         for i in range(n):
-            picture,mask = render_room((*seed, i), size)
+            picture,mask = render_room((*seed, i), size, ambiguity=ambiguity)
             Image.fromarray(picture).save(Path(tmp)/f'images/room_{i:04}.png')
             Image.fromarray(mask.astype(np.uint8)*255).save(Path(tmp)/f'masks/room_{i:04}.png')
         for kind in ('masks', 'images'):

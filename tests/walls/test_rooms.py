@@ -168,6 +168,48 @@ def test_paints_of_a_room_are_its_own():
     "No paint of the walls' families is given to the other things of the same room"
     for seed in range(50): assert R._paint(np.random.default_rng(seed), (3, 4))[1] not in (3, 4)
 
+# --- ambiguous rooms
+
+def inside(seed, **kwargs): return R._make_room(np.random.default_rng(seed), **kwargs)
+
+def panels(room):
+    "Rectangles on the four walls that are neither wall nor as low or as high as a skirting board, a door or a wall"
+    return [(face, r) for face,r,m in room.decals if face < 4 and not room.mats[m].wall and r[1] >= .1 and r[3] < room.size[2]-.15 and r[3]-r[1] >= .8]
+
+def test_without_ambiguity_nothing_is_drawn_for_it():
+    room = R._Room((3, 4, 2.5), np.random.default_rng(5))
+    before = room.rng.bit_generator.state
+    assert not any(R._unclear(room) for _ in range(20)) and room.rng.bit_generator.state == before
+    for seed in range(4):
+        a,b = inside(seed),inside(seed, ambiguity=0.)
+        assert a.decals == b.decals and a.rng.bit_generator.state == b.rng.bit_generator.state
+
+def test_ambiguous_rooms_have_panels_and_plain_furniture():
+    counts = []
+    for ambiguity in (0., .5, 1.):
+        rooms = [inside(seed, ambiguity=ambiguity) for seed in range(30)]
+        books = sum(m.pattern%len(R._PATTERNS) == R._PATTERNS.index('books') for room in rooms for m in room.mats)
+        counts.append((sum(len(panels(room)) for room in rooms), -books))
+    (p0,b0),(p5,b5),(p1,b1) = counts
+    assert p0+50 < p5 < p1-9 and b0 < b5 < b1 == 0
+
+def test_panels_leave_floor_and_ceiling_to_the_wall_and_have_two_paints():
+    for seed in range(20):
+        room = R._Room((4, 5, 2.6), np.random.default_rng(seed), 1.)
+        room.mats = [None]*3
+        R._panels(room, lambda: R._paint(room.rng, (3, 4))[0])
+        assert room.decals and {m for *_,m in room.decals} <= {3,4}
+        for face,(u0,v0,u1,v1),_ in room.decals: assert face < 4 and v0 >= .1 and v1 <= 2.4+1e-6 and u0 >= .05 and u1 <= (5,4)[face//2]-.05
+        assert not any(m.wall for m in room.mats[3:])
+
+def test_a_folder_of_ambiguous_rooms(tmp_path):
+    path = make_rooms(tmp_path/'odd', 2, (24, 40), seed=6, ambiguity=1)
+    for i in range(2):
+        picture,mask = render_room((6, i), (24, 40), ambiguity=1.)
+        assert (np.array(Image.open(path/f'images/room_000{i}.png')) == picture).all()
+        assert (np.array(Image.open(path/f'masks/room_000{i}.png')) == mask*255).all()
+        assert (picture != render_room((6, i), (24, 40))[0]).any()
+
 
 # --- files
 
@@ -204,7 +246,9 @@ def test_never_overwrites(tmp_path, kind):
     (dict(n=0), ValueError, '1 or more'), (dict(n=-3), ValueError, '-3'), (dict(n=1.5), TypeError, '1.5'), (dict(n='2'), TypeError, 'int'),
     (dict(size=4), ValueError, '8 or more'), (dict(size=(16, 90)), ValueError, '4 times'), (dict(size=12.5), TypeError, '12.5'),
     (dict(size=(16, 16, 3)), TypeError, r'\(h, w\)'), (dict(size='128'), TypeError, 'int'), (dict(size=None), TypeError, 'None'),
-    (dict(seed=-1), ValueError, '0 or more'), (dict(seed=.5), TypeError, '0.5'), (dict(seed=None), TypeError, 'None'), (dict(seed=()), ValueError, 'got')])
+    (dict(seed=-1), ValueError, '0 or more'), (dict(seed=.5), TypeError, '0.5'), (dict(seed=None), TypeError, 'None'), (dict(seed=()), ValueError, 'got'),
+    (dict(ambiguity=-.1), ValueError, 'from 0 to 1'), (dict(ambiguity=1.5), ValueError, '1.5'), (dict(ambiguity=float('nan')), ValueError, 'nan'),
+    (dict(ambiguity=True), TypeError, 'True'), (dict(ambiguity='1'), TypeError, 'number')])
 def test_bad_arguments_write_nothing(tmp_path, kw, error, match):
     with pytest.raises(error, match=match): make_rooms(tmp_path/'new', **{'n': 1, 'size': 16, **kw})
     assert tree(tmp_path) == {}
@@ -212,9 +256,9 @@ def test_bad_arguments_write_nothing(tmp_path, kw, error, match):
         with pytest.raises(error, match=match): render_room(**{'seed': 0, 'size': 16, **kw})
 
 def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
-    def fails(seed, size):
+    def fails(seed, size, **kwargs):
         if seed[-1] == 2: raise KeyboardInterrupt
-        return render_room(seed, size)
+        return render_room(seed, size, **kwargs)
     monkeypatch.setattr(R, 'render_room', fails)
     (tmp_path/'keep.txt').write_text('x')
     before = tree(tmp_path)
