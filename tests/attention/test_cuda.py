@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest, torch
 from formulas import rel
+from conftest import named
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, vmap
 from torch.nn import functional as F
@@ -264,7 +265,7 @@ yes, no = lambda *a: '', lambda q, k, v, name: f'{name}: too odd'
 @pytest.mark.parametrize('dtype,capability,ask,want,why', [
     (torch.float16, (9, 0), yes, 'fused', 'memory-efficient kernel takes it'), (torch.bfloat16, (8, 6), yes, 'fused', 'takes it'), (torch.float16, (7, 5), yes, 'fused', 'takes it'),
     (torch.bfloat16, (7, 5), no, 'tiled', 'refuses: fused: too odd'), (torch.float32, (9, 0), yes, 'tiled', 'not measured'), (torch.float32, (8, 0), yes, 'fused', 'takes it'),
-    (torch.float32, (8, 0), no, 'tiled', 'refuses'), (torch.float64, (9, 0), yes, 'tiled', 'float64; more than')], ids=str)
+    (torch.float32, (8, 0), no, 'tiled', 'refuses'), (torch.float64, (9, 0), yes, 'tiled', 'float64; more than')], ids=named)
 def test_the_choice(dtype, capability, ask, want, why):
     name, reason = cuda.choose(*shaped(dtype), ask=ask, capability=capability)
     assert name == want and why in reason
