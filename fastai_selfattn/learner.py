@@ -208,7 +208,11 @@ def _more_attention(message):
 
 @patch
 @delegates(_load)
-def load(self:Learner, file, device=None, **kwargs):
+def load(self:Learner,
+    file, # name of a file that `learn.save` wrote, without suffix
+    device=None, # where to load it to; the device of the data if None
+    **kwargs # more for fastai's method
+):
     "Load model and optimizer state (if `with_opt`) from `self.path/self.model_dir/file` using `device`"
     try: return _load(self, file, device=device, **kwargs)
     except RuntimeError as e:
