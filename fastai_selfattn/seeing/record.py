@@ -159,8 +159,8 @@ def _unhook(module, hook):
 def _leave(self:AttentionRecorder):
     "Take away the hooks and what makes compiled models run as they are written; once more does no harm"
     for module,_,hook,_ in self._hooks: _unhook(module, hook)
-    stack,self._stack = self._stack,None
-    if stack: stack.close()
+    if self._stack: self._stack.close()     # it stays until it is closed: Ctrl-C may strike between any two lines
+    self._stack = None
 
 @patch
 def __enter__(self:AttentionRecorder):

@@ -386,7 +386,7 @@ def test_each_growth_picture_for_itself(logged, tmp_path, monkeypatch):
 
 # Ctrl-C at each line of the recorder's enter and exit
 
-def test_ctrl_c_at_any_line_of_enter_and_exit_leaves_no_hook():
+def test_ctrl_c_at_any_line_of_enter_and_exit_leaves_no_hook(counts):
     "All lines but the first of `__exit__`, which Python runs before anything can be guarded"
     import fastai_selfattn.seeing.record as record
     model, left = plain(), []
@@ -418,3 +418,5 @@ def test_ctrl_c_at_any_line_of_enter_and_exit_leaves_no_hook():
     n = 1
     while strike(n): n += 1
     assert n > 60 and [name for name, line in left] in ([], ['__exit__']), left
+    torch.compile(torch.sin, backend=counts)(torch.ones(3))
+    assert counts.compiled     # compiled models do not run eagerly from here on
