@@ -206,7 +206,6 @@ def _more_attention(message):
     parts = {k.rpartition('.gamma')[0] for k in keys if k.endswith('.gamma')}
     return sorted(p for p in parts if any(k.startswith((f'{p}.query.', f'{p}.conv.')) for k in keys))
 
-@patch
 @delegates(_load)
 def load(self:Learner,
     file, # name of a file that `learn.save` wrote, without suffix
@@ -221,7 +220,8 @@ def load(self:Learner,
         raise RuntimeError(f"{file} was saved with attention at {', '.join(paths)}, which this model has not: insert it first, "
                            "with `learn.insert_attention`, or use `load_attention` with a file of `save_attention`.\n"+str(e)) from e
 
-Learner.load.fastais = _load     # so that importing this twice wraps it once
+load.fastais = _load     # so that importing this twice wraps it once
+Learner.load = load
 
 # %% ../nbs/api/learner.ipynb #b2d63e8d
 def methods():

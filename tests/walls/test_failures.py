@@ -30,6 +30,13 @@ from fastai_selfattn.walls.rooms import make_rooms
 TINY = '--epochs 1 --bs 4 --size 32'.split()
 ALL = {'table.csv', 'gamma.png', 'predictions.png', 'attention.png', 'recolored.png', 'explorer.html', 'export.pkl', 'report.md'}
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    "Ctrl-C arrives, also where pytest runs in the background, which ignores it"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
 @pytest.fixture(scope='module')
 def data(tmp_path_factory): return make_rooms(tmp_path_factory.mktemp('data')/'rooms', n=8, size=(40, 56), seed=3)
 
@@ -221,9 +228,9 @@ def test_ctrl_c_leaves_whole_pictures(paint, tmp_path, monkeypatch, capfd):
     def interrupted(*args):
         done.append(1)
         if len(done) == 2: signal.raise_signal(signal.SIGINT)
-        return recolor(*args)
-    recolor = commands.recolor
-    monkeypatch.setattr(commands, 'recolor', interrupted)
+        return probability(*args)
+    probability = commands.wall_probability     # of every photo, also of one in which the model finds no wall
+    monkeypatch.setattr(commands, 'wall_probability', interrupted)
     assert paint() == 130
     one_sentence(capfd, 'selfattn-recolor', 'stopped')
     assert names(tmp_path/'new') == {'p0-008080.png'}
