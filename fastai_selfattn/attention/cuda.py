@@ -8,7 +8,6 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/attention/cuda.html.
 __all__ = []
 
 # %% ../../nbs/api/attention/cuda.ipynb #70beadbf
-import math
 import warnings
 
 import torch

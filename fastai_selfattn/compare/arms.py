@@ -16,7 +16,6 @@ from fastai.layers import ConvLayer
 from torch import Tensor, nn
 
 from ..attention.kinds import did_you_mean
-from ..attention.layers import SelfAttention
 from .records import describe
 from ..placement.price import check_layer, layer_name, make_layer
 from ..quiet import random_kept

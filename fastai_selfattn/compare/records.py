@@ -14,7 +14,6 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -23,6 +22,7 @@ import torch
 from fastcore.basics import patch
 
 from .. import __version__
+from ..files import whole_file
 
 # %% ../../nbs/api/compare/records.ipynb #a4d055d2
 _plain = bool,int,float,str,bytes,type(None)
@@ -71,16 +71,10 @@ def write_whole(
     text:str, # all of it
 ):
     "Write `file` so that it is there whole or not at all"
-    new = file.with_name(f'{file.name}.{os.getpid()}.new')
-    try:
-        with open(new, 'w', encoding='utf-8') as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())     # on the disk before it gets its name
-        os.replace(new, file)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
+    with whole_file(file) as new, open(new, 'w', encoding='utf-8') as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())     # on the disk before it gets its name
 
 def _no_nan(x):
     "`x` with None for numbers that are not finite"

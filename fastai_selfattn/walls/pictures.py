@@ -8,8 +8,6 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/walls/pictures.html.
 __all__ = ['open_upright', 'open_photo']
 
 # %% ../../nbs/api/walls/pictures.ipynb #336687f6
-from pathlib import Path
-
 import numpy as np
 from PIL import Image, ImageOps
 

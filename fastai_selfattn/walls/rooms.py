@@ -171,7 +171,8 @@ def _material(room, paint, pattern='plaster', contrast=None, second=None, wall=F
     if second is None: second = np.minimum(paint*(.55, .75, 1.35)[rng.integers(3)], 1)
     if turn is None: turn = rng.random() < .5
     a,k = paint*paint,_PATTERNS.index(pattern) + turn*len(_PATTERNS)
-    room.mats.append(_Material(a, a + contrast*(second*second - a), k, 100*rng.uniform(.75, 1.3), *(_TEX*rng.random(2)).tolist(), glow, wall))
+    scale,shift = 100*rng.uniform(.75, 1.3),(_TEX*rng.random(2)).tolist()
+    room.mats.append(_Material(a, a + contrast*(second*second - a), k, scale, *shift, glow, wall))
     return len(room.mats) - 1
 
 def _albedo(room, mat, u, v, foot):
@@ -351,8 +352,10 @@ def _door(room, wall, paints):
     room.grid(wall, (u - .08, 0, u + w + .08, h + .08), _material(room, paint if rng.random() < .5 else np.full(3, .88), contrast=.05))
     room.grid(wall, (u, 0, u + w, h), edge)
     room.grid(wall, (u + .01, .01, u + w - .01, h - .01), leaf)
-    for u0,v0,u1,v1 in room.grid(wall, (u, 0, u + w, h), edge, int(rng.integers(1, 3)), int(rng.integers(1, 4)), .13) if rng.random() < .7 else ():
-        room.grid(wall, (u0 + .02, v0 + .02, u1 - .02, v1 - .02), leaf)
+    if rng.random() < .7:     # panels in the leaf
+        panels = int(rng.integers(1, 3)),int(rng.integers(1, 4))
+        for u0,v0,u1,v1 in room.grid(wall, (u, 0, u + w, h), edge, *panels, .13):
+            room.grid(wall, (u0 + .02, v0 + .02, u1 - .02, v1 - .02), leaf)
     side = u + (.04 if rng.random() < .5 else w - .14)
     room.grid(wall, (side, .98, side + .1, 1.03), _material(room, np.full(3, .3), contrast=.1))
 
@@ -387,7 +390,9 @@ def _picture(room, wall, paints):
     rect,kind = (u, z, u + w, z + h),rng.integers(2)
     room.grid(wall, rect, _material(room, np.full(3, .12) if rng.random() < .4 else paints(), contrast=.1))
     if rng.random() < .5: room.grid(wall, rect, _material(room, np.full(3, .9), contrast=.05), gap=.03)
-    room.grid(wall, rect, _material(room, paints(), 'clouds' if kind else _pattern(rng), 1. if kind else None, paints() if kind else None), gap=.05 + .06*kind)
+    paint = paints()
+    how = ('clouds', 1., paints()) if kind else (_pattern(rng),)
+    room.grid(wall, rect, _material(room, paint, *how), gap=.05 + .06*kind)
 
 # %% ../../nbs/api/walls/rooms.ipynb #d51759d2
 def _middle(room, paints):
@@ -413,7 +418,8 @@ def _shell(room, paint, second, paints):
     if style < .2: room.faces[rng.integers(4)] = other
     floor = _PAINTS[[2, 3, 4, 13, 13, 14, 14][rng.integers(7)]]*rng.uniform(.85, 1.05) if rng.random() < .5 else paints()
     room.faces.append(_material(room, floor, ('planks', 'planks', 'planks', 'tiles', 'cloth', 'plaster')[rng.integers(6)]))
-    room.faces.append(_material(room, np.full(3, rng.uniform(.85, .96)) if plain else _paint(rng)[0], 'plaster' if plain else _pattern(rng), .15))
+    ceiling = np.full(3, rng.uniform(.85, .96)) if plain else _paint(rng)[0]
+    room.faces.append(_material(room, ceiling, 'plaster' if plain else _pattern(rng), .15))
     if rng.random() < .25:
         s,w,d = int(rng.integers(4)),rng.uniform(.5, 1.5),rng.uniform(.25, .5)
         u = _place(room, s, w, d, 0, room.size[2])
@@ -487,7 +493,8 @@ def _size(size):
     "A size as (h, w), or an error"
     try: h,w = map(operator.index, size if isinstance(size, (tuple, list)) else (size, size))
     except (TypeError, ValueError): raise TypeError(f"`size` must be an int or (h, w), got {size!r}") from None
-    if min(h, w) < 8 or max(h, w) > 4*min(h, w): raise ValueError(f"`size` must be 8 or more, one side at most 4 times the other, got {size!r}")
+    if min(h, w) < 8 or max(h, w) > 4*min(h, w):
+        raise ValueError(f"`size` must be 8 or more, one side at most 4 times the other, got {size!r}")
     return h,w
 
 def _ambiguity(x):
@@ -501,7 +508,7 @@ def render_room(
     size=128, # int for a square, or (h, w); 8 or more, one side at most 4 times the other
     paints=False, # whether to give the paints too
     ambiguity=0., # 0 to 1: how much of what tells furniture from walls is left out; another ambiguity is another room
-): # picture, uint8 (h, w, 3), and mask, bool (h, w), True where wall is seen; number of the paint seen, int16 (h, w), -1 where glass or the lamp shines
+): # picture, uint8 (h, w, 3); mask, bool (h, w), True where wall is seen; number of the paint, int16 (h, w), -1 at glass and lamp
     "A furnished room seen from inside, and where its walls are"
     (first,*more),(h,w),ambiguity = _seed(seed),_size(size),_ambiguity(ambiguity)
     rng = np.random.default_rng(np.random.SeedSequence(first, spawn_key=more))
