@@ -209,6 +209,10 @@ class AttentionStats(NamedTuple):
     itself:Tensor          # weight on the pixel itself
     largest:Tensor         # largest weight
 
+    def __repr__(self):
+        means = ', '.join(f'{name} {t.float().mean():.3g}' for name,t in self._asdict().items())
+        return f"AttentionStats of query pixels {tuple(self.entropy.shape)}, means: {means}"
+
 @torch.no_grad()
 def attention_stats(
     q:Tensor, # (bs, nq, d) query vectors

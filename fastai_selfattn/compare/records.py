@@ -66,7 +66,7 @@ def versions()->dict[str,str]:
     return {'python':python, 'torch':torch.__version__, 'fastai':importlib.metadata.version('fastai'), 'fastai_selfattn':__version__}
 
 # %% ../../nbs/api/compare/records.ipynb #66f9a4de
-def write_whole(
+def _write(
     file:Path, # to be made, or replaced
     text:str, # all of it
 ):
@@ -131,4 +131,4 @@ def find(self:Records, seed, arm):
 def add(self:Records, run):
     "Keep a finished run, on disk too"
     self.runs.append(_no_nan(run))
-    if self.path: write_whole(self.path, json.dumps(dict(what=_kind, settings=self.settings, runs=self.runs), indent=1))
+    if self.path: _write(self.path, json.dumps(dict(what=_kind, settings=self.settings, runs=self.runs), indent=1))

@@ -31,6 +31,11 @@ class ReceptiveField(NamedTuple):
     share:float
     point:tuple      # (row, col) in pixels of the image
 
+    def __repr__(self):
+        size = 'x'.join(map(str, self.on.shape))
+        return (f"ReceptiveField of pixel {tuple(self.point)} in an image of {size}: {self.share:.0%} of the gradient's energy lies in "
+                f"{self.area_on:.1%} of the pixels with attention, in {self.area_off:.1%} without")
+
 def _area(energy, share):
     "Smallest share of the pixels that holds `share` of the energy"
     held = energy.flatten().sort(descending=True).values.double().cumsum(0)

@@ -94,6 +94,10 @@ class AttentionInterpretation:
         which:int=0, # of several pictures that the model takes at once, the one that was looked at
     ): self.learn,self.dl,self.df,self.which = learn,dl,df,which
 
+    def __repr__(self):
+        means = ', '.join(f'{name} {self.df[name].mean():.4g}' for name in ('loss','loss_off','gain'))
+        return f"AttentionInterpretation, {self.df.layer.nunique()} layers in {self.df.picture.nunique()} pictures, means: {means}"
+
     @classmethod
     def from_learner(cls,
         learn:Learner, # with attention layers, ours or fastai's, and a loss; `ValueError` without

@@ -121,6 +121,13 @@ class AttentionRecorder:
         self.sizes:dict[str,tuple] = {}           # map size of the query pixels
         self.pools:dict[str,int] = {}             # side of the pooling of the pixels attended to, 1 for none
 
+    def __repr__(self):
+        if not self.maps: return f"AttentionRecorder of {', '.join(self.layers)}: nothing recorded yet"
+        def said(name, m):
+            cells = 'x'.join(map(str, m.shape[2:]))
+            return f"{name} has maps of {m.shape[0]} pictures and {m.shape[1]} query pixels, {cells} cells"
+        return f"AttentionRecorder: {'; '.join(said(name, m) for name,m in self.maps.items())}"
+
 # %% ../../nbs/api/seeing/record.ipynb #e8305da5
 @patch
 def _check_size(self:AttentionRecorder):

@@ -67,7 +67,7 @@ def attention_bar(axs, label='attention,\n1 = average', strongest=0., **kwargs):
     last = axs[-1].images[-1]
     fraction = .046 if len(axs) == 1 else .035
     top,is_cut = last.norm.vmax,strongest > last.norm.vmax*1.0001
-    if is_cut: kwargs = dict(extend='max')
+    if is_cut: kwargs = kwargs | dict(extend='max')
     bar = axs[-1].figure.colorbar(last, ax=list(axs), fraction=fraction, pad=.015, shrink=.9, anchor=(0,1), **kwargs)
     if isinstance(last.norm, Averages): bar.locator = last.norm.ticks
     if is_cut:
