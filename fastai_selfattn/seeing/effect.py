@@ -61,7 +61,8 @@ def change_in_words(
     change:float, # share of the features that attention changes, by norm
 )->str:
     "What a change of the features means"
-    if change < .01: return f'attention does nothing here: it changes the features by {change:.1%}'
+    if change < .01:     # and said to be below 1.0% when it is
+        return f'attention does nothing here: it changes the features by {min(100*change, .9):.1f}%'
     return f'attention changes the features by {change:.0%}'
 
 # %% ../../nbs/api/seeing/effect.ipynb #91131cb6

@@ -93,6 +93,7 @@ def test_words():
     effect = AttentionEffect([dict(attention='on', valid_loss=1.), dict(attention='off', valid_loss=1.)], {'a': .002, 'b': .3})
     assert effect.used and 'by 30%' in effect.sentence
     assert AttentionEffect(effect.rows, {'a': 0., 'b': .0004}).sentence == 'attention does nothing here: it changes the features by 0.0%.'
+    assert AttentionEffect(effect.rows, {'a': .00999}).sentence == 'attention does nothing here: it changes the features by 0.9%.'     # 1.0% would count
 
 def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match='no attention layer'): attention_effect(learner(nn.Conv2d(3, 3, 1), tmp_path))
