@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from fastai_selfattn.bench.measure import circumstances
 from fastai_selfattn.compare.compare import compare_attention
-from fastai_selfattn.compare.records import write_whole
+from fastai_selfattn.files import whole_file
 
 RESULTS = Path(__file__).parent/'results'
 
@@ -44,7 +44,7 @@ def add_rows(file, rows, keys):
     new = pd.DataFrame(list(rows))
     df = pd.concat([pd.read_csv(file), new], ignore_index=True) if file.exists() else new
     same = df[keys].astype(str).duplicated()
-    write_whole(file, df[~same].to_csv(index=False, float_format='%.6g'))
+    with whole_file(file) as f: df[~same].to_csv(f, index=False, float_format='%.6g')
 
 def compare(args, experiment, record, setting, dls, make, **kwargs):
     "`compare_attention` seed by seed, with its runs in a record, to resume from, and in the csv file of the experiment"
