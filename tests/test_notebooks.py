@@ -1,16 +1,10 @@
 "Every notebook runs from top to bottom, as its reader will run it, and leaves nothing behind."
-import multiprocessing
 import pytest
 from conftest import changed, contents, copy_project, root
-from one_notebook import nbdev_test
+from processes import forks, nbdev_test
 
 notebooks = sorted(p.relative_to(root).as_posix() for p in (root/'nbs').rglob('*.ipynb')
                    if not any(part.startswith(('_', '.')) for part in p.relative_to(root).parts))
-
-# A new process for each notebook, forked from one that has imported what takes longest. Not fastai: its modules patch `Learner`,
-# and a notebook that lacks an import of them shall fail here as it would for its reader.
-forks = multiprocessing.get_context('forkserver')
-forks.set_forkserver_preload(['torchvision', 'torch._dynamo', 'pandas', 'scipy.stats', 'sklearn', 'matplotlib.pyplot', 'IPython', 'nbdev.test'])
 
 @pytest.fixture(scope='module')
 def checkout(tmp_path_factory): return copy_project(tmp_path_factory.mktemp('notebooks')/'checkout')
