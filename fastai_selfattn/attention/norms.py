@@ -89,12 +89,13 @@ def _power_step(weight, u, v, eps):
 def _power_iteration(weight:Tensor, u:Tensor, v:Tensor, n_iter:int)->None:
     "Turn `u` and `v` into the first singular vectors of the matrix `weight`"
     dt = torch.promote_types(weight.dtype, torch.float32)
-    w,new_u = weight.to(dt),u.to(dt)
+    w,new_u,tiny = weight.to(dt),u.to(dt),torch.finfo(dt).tiny
     for _ in range(n_iter):
-        new_v = F.normalize(w.mT @ new_u, dim=0)
-        new_u = F.normalize(w @ new_v, dim=0)
+        new_v = w.mT @ new_u
+        new_u = w @ new_v
+        new_u /= torch.linalg.vector_norm(new_u).clamp_min(tiny)     # faster than `F.normalize` of both
     u.copy_(new_u)
-    v.copy_(new_v)
+    v.copy_(F.normalize(new_v, dim=0))
 
 @torch.no_grad()
 def _settle(conv): _power_iteration(conv.weight_orig.flatten(1), conv.weight_u, conv.weight_v, 100)
