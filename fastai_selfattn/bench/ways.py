@@ -7,7 +7,7 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/bench/ways.html.md""
 # %% auto #0
 __all__ = ['WAYS', 'Way', 'prepare_way']
 
-# %% ../../nbs/api/bench/ways.ipynb #75acfd5e
+# %% ../../nbs/api/bench/ways.ipynb #43ad8f6f
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
@@ -24,10 +24,10 @@ from ..attention import cuda, tiles
 from ..attention.layers import SelfAttention
 from ..attention.ops import attend, attention_backend
 
-# %% ../../nbs/api/bench/ways.ipynb #1afeda78
+# %% ../../nbs/api/bench/ways.ipynb #9f1c8924
 def _fastai(q, k, v): return (v.mT @ F.softmax(k @ q.mT, dim=1)).mT
 
-# %% ../../nbs/api/bench/ways.ipynb #409cdf0d
+# %% ../../nbs/api/bench/ways.ipynb #1678f105
 def _wide_product(a, b):
     "`a @ b` in float32, of inputs in their own precision"
     if a.dtype == torch.float32: return a @ b
@@ -48,7 +48,7 @@ class _Plain(Function):
         ds = (_wide_product(do, v.mT).sub_(delta)*beta).to(q.dtype)
         return ds @ k,ds.mT @ q,beta.mT @ do
 
-# %% ../../nbs/api/bench/ways.ipynb #df6506e8
+# %% ../../nbs/api/bench/ways.ipynb #ec89b349
 def _heads(q, k, v, width, equal):
     "Contiguous (bs, heads, n, channels) of (bs, n, channels)"
     dv = v.shape[2]
@@ -64,7 +64,7 @@ def _sdpa(q, k, v, kernel, width=1<<20, equal=False):
     with sdpa_kernel(kernel): o = F.scaled_dot_product_attention(*_heads(q, k, v, width, equal), scale=1.)
     return _joined(o, v.shape[2])
 
-# %% ../../nbs/api/bench/ways.ipynb #0f636390
+# %% ../../nbs/api/bench/ways.ipynb #13fe9c19
 @cache
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention     # late: it takes long to import
@@ -74,7 +74,12 @@ def _flex(q, k, v):
     q,k = (F.pad(t, (0,max(0, 16-t.shape[2]))) for t in (q,k))     # its products are 16 wide at least
     return _joined(_compiled_flex()(*_heads(q, k, v, 128, False), scale=1.), v.shape[2])
 
-# %% ../../nbs/api/bench/ways.ipynb #ec05a72f
+@contextmanager
+def _compiled_anew():
+    torch.compiler.reset()
+    yield
+
+# %% ../../nbs/api/bench/ways.ipynb #c78ef487
 @contextmanager
 def _with(names:dict, **values)->Iterator[None]:
     "Other values for some of `names`, such as a module's, inside the `with` block"
@@ -91,7 +96,7 @@ def _tiled(rows, cols):
 def _fused(width):
     with _with(cuda.WIDTHS, fused=width), attention_backend('fused'): yield
 
-# %% ../../nbs/api/bench/ways.ipynb #ca17ebe9
+# %% ../../nbs/api/bench/ways.ipynb #c0237a6e
 class Way(NamedTuple):
     "A way to compute attention"
     compute:Callable=attend          # (q, k, v) -> output; for `is_layer` channels -> module
@@ -116,9 +121,9 @@ WAYS = {
     'sdpa cudnn': Way(partial(_sdpa, kernel=SDPBackend.CUDNN_ATTENTION)),
     'sdpa cudnn 128': Way(partial(_sdpa, kernel=SDPBackend.CUDNN_ATTENTION, width=128)),
     'sdpa math': Way(partial(_sdpa, kernel=SDPBackend.MATH)),
-    'flex': Way(_flex, compiles=True)}
+    'flex': Way(_flex, _compiled_anew, compiles=True)}
 
-# %% ../../nbs/api/bench/ways.ipynb #e68e7f47
+# %% ../../nbs/api/bench/ways.ipynb #c82e0461
 def prepare_way(
     way:Way,
     q:Tensor, # (bs, n, d) queries
