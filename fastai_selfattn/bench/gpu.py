@@ -177,6 +177,7 @@ def work():
         print(json.dumps(row), flush=True)
         if not _is_healthy(device): sys.exit("the GPU was unusable afterwards")
 
+# %% ../../nbs/api/bench/gpu.ipynb #5cbfe851
 _CODE = 'from fastai_selfattn.bench.gpu import work; work()'
 
 def _lines(process):
