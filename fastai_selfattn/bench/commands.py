@@ -33,13 +33,15 @@ _shown = {'median ms':'ms', 'ratio to fastai':'to fastai', 'times over floor':'o
 
 def bench_table(
     df:pd.DataFrame, # as from `bench_shape`, any number of shapes
-)->pd.DataFrame: # a row for each shape and contestant, columns for each pass
+)->pd.DataFrame: # a row for each shape and contestant: what ran, and columns for each pass
     "A benchmark to read: time, ratios and memory of the passes side by side"
     keys = ['shape','contestant']
     in_order = pd.MultiIndex.from_frame(df[keys].drop_duplicates())
     columns = [(p,c) for p in PASSES for c in _shown.values()]
     wide = df.pivot(index=keys, columns='pass', values=list(_shown)).rename(columns=_shown, level=0).swaplevel(axis=1)
-    return wide.loc[in_order, columns].rename_axis(columns=[None,None])
+    table = wide.loc[in_order, columns].rename_axis(columns=[None,None])
+    if 'ran' in df: table.insert(0, ('','ran'), df.drop_duplicates(keys).set_index(keys)['ran'])
+    return table
 
 # %% ../../nbs/api/bench/commands.ipynb #223f2239
 def _split(shapes):

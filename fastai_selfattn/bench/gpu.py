@@ -263,6 +263,7 @@ def _parts(jobs, rows, here):
     bar.comment = ''
     bar.update(len(jobs))
 
+# %% ../../nbs/api/bench/gpu.ipynb #a40005f5
 def _chosen(patterns):
     "Names of the ways that `patterns`, separated by commas, name"
     patterns = [p.strip() for p in patterns.split(',')]
