@@ -84,7 +84,9 @@ def our_rows():
 
 def fits(cuda, q, k, v, name):
     "Whether kernel `name` takes these; an error where it says so and does not, or gives other shapes than ours"
-    if cuda.refused(q, k, v, name): return False
+    if why := cuda.refused(q, k, v, name):
+        if 'does not say' in why: raise RuntimeError(f'{name} is refused, and the reason is not found')
+        return False
     o, lse = cuda.forward(q, k, v, 1., name)
     grads = cuda.backward(q, k, v, o, lse, o.clone(), 1., name)
     shapes = [tuple(t.shape) for t in (o, lse, *grads)]
@@ -92,12 +94,34 @@ def fits(cuda, q, k, v, name):
     if shapes != wanted: raise RuntimeError(f'{name}: {shapes} in place of {wanted}')
     return all(t.is_contiguous() for t in (o, lse, *grads))
 
+def bench_rows():
+    "Whether the ways of `selfattn-bench --gpu` run, forward and backward; its layers and FlexAttention cannot be made of fake tensors"
+    import torch
+    from functools import partial
+    from fastai_selfattn.attention import cuda
+    from fastai_selfattn.bench.ways import WAYS, prepare_way
+    cuda.choose = partial(cuda.choose, capability=divmod(int(os.environ['SM']), 10))     # a device that is not there cannot be asked
+    def answer(way, dtype, c):
+        *qkv, do = maps('channels', 2, 576, c//8, c, dtype) + maps('channels', 2, 576, c, c, dtype)[:1]
+        try:
+            run, inputs = prepare_way(way, *qkv, (24, 24))
+            with way.around():
+                with torch.autocast('cuda', dtype, enabled=dtype != torch.float32): o = run()
+                grads = torch.autograd.grad(o, inputs, do.to(o.dtype))
+        except (RuntimeError, ValueError): return 'refused'
+        if [o.shape, *(g.shape for g in grads)] != [do.shape, *(t.shape for t in inputs)]: raise RuntimeError(f'{way}: wrong shapes')
+        return 'runs'
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for c in (36, 256):
+            for name, way in WAYS.items():
+                if not (way.is_layer or way.compiles): yield f'bench: {name}', str(dtype)[6:], c//8, c, '', answer(way, dtype, c)
+
 def ask():
     "The rows of one capability, as JSON"
     warnings.simplefilter('ignore')
     sys.path.insert(0, str(ROOT))
     from torch._subclasses.fake_tensor import FakeTensorMode
-    with FakeTensorMode(): print(json.dumps([(os.environ['SM'], *map(str, row)) for rows in (sdpa_rows, our_rows) for row in rows()]))
+    with FakeTensorMode(): print(json.dumps([(os.environ['SM'], *map(str, row)) for rows in (sdpa_rows, our_rows, bench_rows) for row in rows()]))
 
 # The libraries
 
@@ -143,7 +167,7 @@ def write(file, rows):
 def changes(before, after):
     "A line for each question whose answer differs, is new or is gone"
     before, after = ({row[:5]:row[5:] for row in rows} for rows in (before, after))
-    def said(answer): return f"accepted by {answer[0] or 'none'}, runs {answer[1]}" if answer else 'not asked'
+    def said(answer): return f"accepted by {answer[0] or 'none'}, {answer[1]}" if answer else 'not asked'
     return [f"{' '.join(key)}: {said(before.get(key))} -> {said(after.get(key))}" for key in before | after if before.get(key) != after.get(key)]
 
 def summary(rows):
@@ -162,13 +186,14 @@ def main(argv=None):
     import torch
     if not torch.version.cuda: sys.exit(f"PyTorch {torch.__version__} was built without CUDA: there is no dispatcher to ask")
     rows, expected = list(all_rows()), newest_table()
+    before = read(expected) if expected else None     # which `--write` may replace
     print('\n'.join(summary(rows)))
     file = TABLES/f"dispatcher-torch{torch.__version__.partition('+')[0]}.csv"
     if args.write:
         write(file, rows)
         print(f'written: {file.relative_to(ROOT)}')
-    if expected is None: return 0
-    found = changes(read(expected), rows)
+    if before is None: return 0
+    found = changes(before, rows)
     print('\n'.join([f"{len(found)} of {len(rows)} answers differ from {expected.name}", *found]))
     return int(bool(found))
 
