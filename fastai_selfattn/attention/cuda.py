@@ -13,6 +13,8 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
+from torch.backends.cuda import flash_sdp_enabled, mem_efficient_sdp_enabled
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # %% ../../nbs/api/attention/cuda.ipynb #10d968d1
 FLASH = False     # whether 'auto' may take it: not measured
@@ -87,6 +89,8 @@ def backward(q, k, v, o, lse, do, scale, name):
 MOST = 2**20     # weights (images x query pixels x keys) up to which the formula may hold them
 
 _asked = dict(fused=can_use_efficient_attention, flash=can_use_flash_attention)
+_enabled = dict(fused=mem_efficient_sdp_enabled, flash=flash_sdp_enabled)
+_public = dict(fused=SDPBackend.EFFICIENT_ATTENTION, flash=SDPBackend.FLASH_ATTENTION)
 
 def _forms(q, k, v, name):
     "Tensors in the form of `_heads`, over memory of a single row"
@@ -103,12 +107,19 @@ def refused(q, k, v, name):
         if q.shape[2] > width: return f"queries have {q.shape[2]} channels, more than the {width} of a head of the values"
         if len(q)*heads*-(-q.shape[1]//128)*128*width >= 2**31: return "its addresses have 32 bits"
         if len(q) > 65535: return f"it takes at most 65,535 images, and these are {len(q):,}"
-    params = SDPAParams(*_forms(q, k, v, name), None, 0., False, False)
-    if _asked[name](params): return ''
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter('always')
-        _asked[name](params, debug=True)     # gives its reasons as warnings
-    return ' '.join(str(w.message).split(' (Triggered')[0] for w in said) or "PyTorch does not say why"
+    forms = _forms(q, k, v, name)
+    return '' if _asked[name](SDPAParams(*forms, None, 0., False, False)) else _why(name, *forms)
+
+def _why(name, *forms):
+    "PyTorch's reasons not to run kernel `name`: warnings of its public function, which then gives up"
+    if not _enabled[name](): return "it is switched off in `torch.backends.cuda`"
+    with torch.autocast(forms[0].device.type, enabled=False), sdpa_kernel(_public[name]), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')     # `can_use_..._attention(debug=True)` would print them, past Python
+        try: F.scaled_dot_product_attention(*forms)
+        except RuntimeError: pass
+    reasons = (str(w.message).partition(' (Triggered')[0] for w in said)
+    of_others = 'not used because:','has been runtime disabled.'
+    return ' '.join(r for r in reasons if not r.endswith(of_others)) or "PyTorch does not say why"
 
 # %% ../../nbs/api/attention/cuda.ipynb #04c1338c
 def small(q, k): return len(q)*q.shape[1]*k.shape[1] <= MOST

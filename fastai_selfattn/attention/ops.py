@@ -106,6 +106,15 @@ class Ran(NamedTuple):
 
 _backend,_lists = 'auto',[]
 
+# %% ../../nbs/api/attention/ops.ipynb #14d0f654
+@contextmanager
+def listening()->Iterator[list[Ran]]: # gets a `Ran` for each call of `attend`; nothing from inside compiled code
+    "List what runs inside the `with` block, and change nothing"
+    _lists.append(ran := [])
+    try: yield ran
+    finally: _lists[:] = [l for l in _lists if l is not ran]
+
+# %% ../../nbs/api/attention/ops.ipynb #448fd21f
 @contextmanager
 def attention_backend(
     name:str='auto', # 'auto' chooses; 'math' holds nq x nk; 'tiled' never does; 'fused', 'flash': on CUDA; 'sdpa': as PyTorch chooses
@@ -115,11 +124,9 @@ def attention_backend(
     if name != 'auto' and name not in _backends:
         raise ValueError(f"`name` must be one of {', '.join(('auto', *_backends))}; got {name!r}")
     before,_backend = _backend,name
-    _lists.append(ran := [])
-    try: yield ran
-    finally:
-        _backend = before
-        _lists[:] = [l for l in _lists if l is not ran]
+    try:
+        with listening() as ran: yield ran
+    finally: _backend = before
 
 # %% ../../nbs/api/attention/ops.ipynb #3bfa46b8
 def _check(**tensors):
@@ -177,14 +184,14 @@ def dot_attend(
 # %% ../../nbs/api/attention/ops.ipynb #28140fd0
 def _check_rows(rows, nq, device):
     "`rows` as a long tensor on `device`; raise unless they are whole numbers from 0 to nq-1"
-    try: t = torch.as_tensor(rows, device=device)
+    try: t = torch.as_tensor(rows)     # looked at where it is: to look at numbers on a GPU is to wait for it
     except (TypeError,ValueError,RuntimeError) as e: raise TypeError(f"`rows` must be a list of pixel indices, got {rows!r}") from e
     if t.dim() != 1: raise ValueError(f"`rows` must be a list of pixel indices, got shape {tuple(t.shape)}")
     if t.numel() and (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool):
         raise TypeError(f"`rows` must be whole numbers, got {t.dtype}")
     if t.numel() and not (0 <= t.min() and t.max() < nq):
         raise ValueError(f"`rows` must lie in 0..{nq-1}, the query pixels there are; got {t.tolist()}")
-    return t.long()
+    return t.to(device, torch.long)
 
 def attention_weights(
     q:Tensor, # (bs, nq, d) query vectors

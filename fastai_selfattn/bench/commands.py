@@ -20,9 +20,12 @@ from fastprogress import progress_bar
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullFormatter
 
+from .choices import report_gpu
 from .contestants import CONTESTANTS, parse_contestants
 from .cost import SHAPES, parse_shapes
+from .gpu import plan_gpu
 from .measure import PASSES, bench_shape, circumstances
+from .ways import WAYS
 from ..shell import CommandParser, Failed, check_result, in_one_sentence, more_than_0, whole_file
 
 # %% ../../nbs/api/bench/commands.ipynb #ca6e62a7
@@ -30,13 +33,15 @@ _shown = {'median ms':'ms', 'ratio to fastai':'to fastai', 'times over floor':'o
 
 def bench_table(
     df:pd.DataFrame, # as from `bench_shape`, any number of shapes
-)->pd.DataFrame: # a row for each shape and contestant, columns for each pass
+)->pd.DataFrame: # a row for each shape and contestant: what ran, and columns for each pass
     "A benchmark to read: time, ratios and memory of the passes side by side"
     keys = ['shape','contestant']
     in_order = pd.MultiIndex.from_frame(df[keys].drop_duplicates())
     columns = [(p,c) for p in PASSES for c in _shown.values()]
     wide = df.pivot(index=keys, columns='pass', values=list(_shown)).rename(columns=_shown, level=0).swaplevel(axis=1)
-    return wide.loc[in_order, columns].rename_axis(columns=[None,None])
+    table = wide.loc[in_order, columns].rename_axis(columns=[None,None])
+    if 'ran' in df: table.insert(0, ('','ran'), df.drop_duplicates(keys).set_index(keys)['ran'])
+    return table
 
 # %% ../../nbs/api/bench/commands.ipynb #223f2239
 def _split(shapes):
@@ -158,14 +163,19 @@ def _bench_parser():
     p = CommandParser(prog='selfattn-bench', description=(
         "Measure time and peak memory of self-attention layers on the CPU: ours, fastai's, PyTorch's and, where installed, timm's. "
         "Writes a csv file with the circumstances in every row, and a picture."))
-    p.add_argument('--shapes', default='table', metavar='SHAPES',
+    p.add_argument('--gpu', action='store_true',
+                   help="measure on a GPU instead: errors, time and memory of attention by every kernel, in three precisions, "
+                        "and what they say to the choices that this package makes")
+    p.add_argument('--dry', action='store_true', help="with --gpu: a tiny form of it on the CPU, to see that it runs")
+    p.add_argument('--shapes', metavar='SHAPES',
                    help="table (what a U-Net meets), sides (one image, 16x16 to 256x256), all, or shapes bs,c,side "
-                        "or bs,c,hxw such as '8,512,16 1,64,96x80' (%(default)s)")
+                        "or bs,c,hxw such as '8,512,16 1,64,96x80' (table; with --gpu shapes of its own)")
     p.add_argument('--contestants', default='*', metavar='NAMES',
-                   help=f"names or shell patterns, separated by commas, of: {', '.join(CONTESTANTS)} (all)")
-    p.add_argument('--seconds', type=more_than_0(float), default=10., metavar='N',
+                   help=f"names or shell patterns, separated by commas, of: {', '.join(CONTESTANTS)}; "
+                        f"with --gpu of: {', '.join(WAYS)} (all)")
+    p.add_argument('--seconds', type=more_than_0(float), metavar='N',
                    help="time to spend on timing a shape, after one check of each layer; large shapes take longer, "
-                        "as 3 rounds are the least (%(default)s)")
+                        "as 3 rounds are the least (10); with --gpu time for everything, at most (480)")
     p.add_argument('--memory', action=BooleanOptionalAction, default=True,
                    help="measure peak memory too, in two fresh processes for each contestant and shape")
     return result_options(p)
@@ -184,35 +194,45 @@ def _measure(shapes, names, seconds, memory):
     bar.update(total)
 
 def _result_file(args):
-    what = args.shapes if args.shapes in SHAPES else 'custom'
+    shapes = args.shapes or 'table'
+    what = shapes if shapes in SHAPES else 'custom'
     return result_file(args, f'layers-{what}-float32')
 
 def _plan(args):
-    shapes,names = parse_shapes(args.shapes),parse_contestants(args.contestants)
-    return _result_file(args),_measure(shapes, names, args.seconds, args.memory)
+    if args.gpu: return plan_gpu(args)
+    if args.dry: raise ValueError("--dry is a form of --gpu: give both, or neither")
+    shapes,names = parse_shapes(args.shapes or 'table'),parse_contestants(args.contestants)
+    return _result_file(args),_measure(shapes, names, args.seconds or 10., args.memory)
 
 # %% ../../nbs/api/bench/commands.ipynb #4e8613a6
+def _save(fig, df, file):
+    "Write a picture, with its circumstances above it"
+    fig.suptitle(f"{df['machine'][0]}, {df['threads'][0]} threads, torch {df['torch'][0]}, {df['date'][0]}", fontsize=9, color='0.4')
+    with whole_file(file) as f: fig.savefig(f, dpi=110)
+    plt.close(fig)
+    print(f"written: {file}")
+
 def _draw(df, file):
-    "The picture `file`, if there are two sizes to join by a line; whether there are"
+    "The picture `file`, if there are two sizes to join by a line"
     times = df[df['median ms'] > 0]
-    if not len(times) or _family(times)['n'].nunique() < 2: return False
+    if not len(times) or _family(times)['n'].nunique() < 2: return
     panels = [('median ms',p) for p in PASSES]
     both = df['pass'] == PASSES[1]
     if (df[both]['extra MiB'] > 0).any(): panels.append(('extra MiB',PASSES[1]))
     fig,axs = plt.subplots(1, len(panels), figsize=(5.4*len(panels),4.2), squeeze=False, layout='constrained')
     for i,(ax,(what,which)) in enumerate(zip(axs[0], panels)): plot_bench(df, what, which, ax, legend=i==0)
-    fig.suptitle(f"{df['machine'][0]}, {df['threads'][0]} threads, torch {df['torch'][0]}, {df['date'][0]}", fontsize=9, color='0.4')
-    with whole_file(file) as f: fig.savefig(f, dpi=110)
-    plt.close(fig)
-    return True
+    _save(fig, df, file)
 
 def _report(df, file):
     "Print the table and the notes and draw the picture; 1 if a contestant gave another answer than fastai"
+    if 'way' in df:     # of --gpu
+        fig = report_gpu(df)
+        if fig: _save(fig, df.assign(machine=df['device'] if df['device'][0] != 'cpu' else df['machine']), file.with_suffix('.png'))
+        return 0
     print('\n'+bench_table(df).to_string(float_format='{:.4g}'.format, na_rep='-'))
     noted = df[df['note'] != '']
     for s,n,note in noted[['shape','contestant','note']].drop_duplicates().itertuples(index=False): print(f"{s} {n}: {note}")
-    picture = file.with_suffix('.png')
-    if _draw(df, picture): print(f"written: {picture}")
+    _draw(df, file.with_suffix('.png'))
     return int(noted['note'].str.contains('not timed').any())
 
 # %% ../../nbs/api/bench/commands.ipynb #2a74bb20

@@ -183,7 +183,7 @@ def circumstances()->dict[str,str|int]: # column -> value
 
 # %% ../../nbs/api/bench/measure.ipynb #5b006213
 def _time_shape(shape, names, seconds):
-    "Time columns by contestant and pass, and notes by contestant"
+    "Time columns by contestant and pass, and by contestant notes and the backend of `attend` that ran"
     notes = {n:_too_large(n, shape) for n in names}
     fit = [n for n in names if not notes[n]]
     layers,x = prepare_layers(shape, [*fit, 'fastai'])
@@ -197,11 +197,12 @@ def _time_shape(shape, names, seconds):
         _clear(layers[n], x)
     timed = {n:layers[n] for n in fit if n not in wrong}
     tables = _rounds(timed, x, seconds) if timed else []
-    return {(n,p):_time_columns(t, n, n in same) for p,t in zip(PASSES, tables) for n in timed},notes
+    times = {(n,p):_time_columns(t, n, n in same) for p,t in zip(PASSES, tables) for n in timed}
+    return times,notes,{n:getattr(layer, 'ran', '') for n,layer in layers.items()}
 
 # %% ../../nbs/api/bench/measure.ipynb #4fc7ffa7
 COLUMNS = [
-    'shape', 'n', 'contestant', 'pass',
+    'shape', 'n', 'contestant', 'pass', 'ran',
     'rounds', 'median ms', 'min ms', 'ratio to fastai', 'floor ms', 'times over floor', 'extra MiB',
     'machine', 'cores', 'threads', 'os', 'python', 'torch', 'fastai', 'package version', 'date', 'note']
 
@@ -223,13 +224,13 @@ def bench_shape(
         return (np.nan,why) if why else peak_extra(name, shape, backward, here['threads'])
 
     tick(f'{shape} time')
-    times,notes = _time_shape(shape, names, seconds)
+    times,notes,ran = _time_shape(shape, names, seconds)
     rows = []
     for name in names:
         for backward,which in enumerate(PASSES):
             mib,why = peak(name, bool(backward)) if memory else (np.nan,'')
             said = dict.fromkeys(filter(None, [notes[name], why]))     # each once
-            row = {'shape':str(shape), 'n':shape.n, 'contestant':name, 'pass':which}
+            row = {'shape':str(shape), 'n':shape.n, 'contestant':name, 'pass':which, 'ran':ran.get(name, '')}
             row |= times.get((name,which), {})
             row |= {'extra MiB':mib, 'note':'; '.join(said)}
             rows.append(row | here)

@@ -15,10 +15,14 @@ from contextlib import ExitStack
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
+from fastai.imports import noop
 from fastai.learner import Recorder
+from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
+from torch import Tensor
 
 from ..attention.kinds import attention_layers, gamma_of, one_number, short_names
+from ..attention.ops import listening
 from ..quiet import check_whole
 from .effect import change_in_words
 from .record import change_share
@@ -42,9 +46,25 @@ def mend_wandb(
         def mended(o): return {k:v for k,v in init_args(o).items() if k not in unwritable} if hasattr(o, '__dict__') else {}
         module.init_args = mended
 
+# %% ../../nbs/api/seeing/gamma_logger.ipynb #7b9cee51
+_MOST_WAITING = 100     # rows of numbers that are still on their device
+
+def fetch(
+    rows:list[dict], # whose tensors, of one number each, become that number
+):
+    "Bring the numbers in `rows` here, in one go for each device and dtype"
+    waiting = {}
+    for row in rows:
+        for name,t in row.items():
+            if isinstance(t, Tensor): waiting.setdefault((t.device,t.dtype), []).append((row,name,t))
+    for found in waiting.values():
+        numbers = torch.stack([t for *_,t in found]).tolist()
+        for (row,name,_),number in zip(found, numbers): row[name] = number
+
 # %% ../../nbs/api/seeing/gamma_logger.ipynb #8cdb1fbc
 class _Watch:
-    "Stands in for `model.forward` until it is called: for that call, hooks hand the layers' inputs and outputs to `see`"
+    "Stands in for `model.forward` until it is called: for that call, hooks hand the layers' inputs and outputs to `see`, and `ran` lists"
+    ran = ()     # the calls of `attend`
     def __init__(self, model, layers, see):
         self.model,self.layers,self.see,self.before = model,layers,see,vars(model).get('forward')
         model.forward = self
@@ -64,6 +84,7 @@ class _Watch:
         self.remove()
         with ExitStack() as stack:
             for name,m in self.layers.items(): stack.callback(m.register_forward_hook(self.hook(name), with_kwargs=True).remove)
+            self.ran = stack.enter_context(listening())
             return self.model.forward(*args, **kwargs)
 
 # %% ../../nbs/api/seeing/gamma_logger.ipynb #9c9ae317
@@ -87,18 +108,30 @@ class GammaLogger(Callback):
         rows = [] if history is None else history.to_dict('records')
         self._rows = [{k:v for k,v in row.items() if not pd.isna(v)} for row in rows]
         self._n_steps,self._at = (int(rows[-1]['step']),float(rows[-1]['epoch'])) if rows else (0,0.)
+        self._n_waiting,self._ran,self._said = 0,{},''
         self._warned,self._watch = set(),None
+
+    def __getstate__(self):     # a file may be read where there is no such device
+        self._fetch()
+        return vars(self)
+
+    def _fetch(self):
+        if self._n_waiting: fetch(self._rows[-self._n_waiting:])
+        self._n_waiting = 0
 
     @property
     def history(self)->pd.DataFrame:
         "Logged steps: `step` (0: before training), `epoch` (fraction), each layer's gamma, its gradient (if any), change of the features"
+        self._fetch()
         kinds = {k:i for i,k in enumerate(('step','epoch','gamma','grad','change'))}
         columns = dict.fromkeys(c for row in self._rows for c in row)
         return pd.DataFrame(self._rows, columns=sorted(columns, key=lambda c: kinds.get(c.split('_')[0], len(kinds))))
 
     def _named(self, what, layers): return {f'{what}_{s}' if s else what:m for s,m in layers.items()}
 
-    def _gammas(self): return {n:one_number(gamma_of(m)).item() for n,m in self._named('gamma', self._with_gamma).items()}
+    def _gammas(self):
+        "Of each layer, as a tensor of one number: a copy, since training goes on"
+        return {n:one_number(gamma_of(m)).clone() for n,m in self._named('gamma', self._with_gamma).items()}
 
 # %% ../../nbs/api/seeing/gamma_logger.ipynb #bb981a22
 @patch
@@ -109,7 +142,7 @@ def before_fit(self:GammaLogger):
     self._with_gamma = {s:m for s,m in self._short.items() if gamma_of(m) is not None}
     self._logging = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
     self._warned.clear()
-    self._grads,self._changes = {},{}
+    self._grads,self._changes,self._ran = {},{},{}
     if self._watch: self._watch.remove()     # of a fit that Ctrl-C ended between `before_batch` and the call of the model
     self._in_table = next(cb for cb in self.learn.cbs if isinstance(cb, GammaLogger)) is self
     if self._logging and self._in_table: self._add_columns()
@@ -127,7 +160,10 @@ def _now(self:GammaLogger):
     return self._logging and self._short and self.training and (self._n_steps+1) % self.every == 0
 
 @patch
-def _log(self:GammaLogger, seen): self._rows.append(dict(step=self._n_steps, epoch=self._at, **self._gammas(), **seen))
+def _log(self:GammaLogger, seen):
+    self._rows.append(dict(step=self._n_steps, epoch=self._at, **self._gammas(), **seen))
+    self._n_waiting += 1
+    if self._n_waiting >= _MOST_WAITING: self._fetch()
 
 @patch
 def before_train(self:GammaLogger):
@@ -167,28 +203,46 @@ def _see(self:GammaLogger, name, x, *out):
 def before_step(self:GammaLogger):
     if not self._now(): return
     gammas = {n:gamma_of(m) for n,m in self._named('grad', self._with_gamma).items()}
-    self._grads = {n:one_number(g.grad).item() for n,g in gammas.items() if g.is_leaf and g.grad is not None}
+    self._grads = {n:one_number(g.grad).clone() for n,g in gammas.items() if g.is_leaf and g.grad is not None}
 
 @patch
 def after_batch(self:GammaLogger):
-    if self._watch: self._watch = self._watch.remove()
+    if self._watch:
+        if not self._ran: self._ran = dict.fromkeys((r.backend,r.why,r.device,r.dtype) for r in self._watch.ran)
+        self._watch = self._watch.remove()
     grads,changes = self._grads,self._changes
     self._grads,self._changes = {},{}     # so that a batch which another callback leaves out has none of them
     if not (self._logging and self._short and self.training): return
     now = self._now()
     self._n_steps += 1
     self._at += 1/self.n_iter
-    means = {n:torch.cat([t.cpu() for t in shares]).mean().item() for n,shares in changes.items()}     # over all calls and images
+    means = {n:torch.cat([t.to(shares[0].device) for t in shares]).mean() for n,shares in changes.items()}     # over all calls and images
     if now: self._log(grads | means)
 
 @patch
 def before_epoch(self:GammaLogger): self._trained = False
 @patch
-def after_train(self:GammaLogger): self._trained = True
+def after_train(self:GammaLogger):
+    self._trained = True
+    self._fetch()
 
 @patch
 def after_validate(self:GammaLogger):
-    if self._logging and self._in_table and self._trained: self.learn.recorder.log += list(self._gammas().values())
+    if not (self._logging and self._in_table and self._trained): return
+    fetch([gammas := self._gammas()])
+    self.learn.recorder.log += list(gammas.values())
+
+# %% ../../nbs/api/seeing/gamma_logger.ipynb #d6c680de
+@patch(as_prop=True)
+def ran(self:GammaLogger)->str: # empty if none was heard
+    "What computed attention in the first logged step of the last fit: backend, device, precision, and why"
+    return '; '.join(f"{name} on {device} in {str(dtype).removeprefix('torch.')} ({why})" for name,why,device,dtype in self._ran)
+
+@patch
+def after_fit(self:GammaLogger):
+    said,self._said = self._said,self.ran or self._said
+    is_heard = self._logging and self.learn.logger is not noop and not rank_distrib()     # not under `learn.no_logging()`
+    if is_heard and self._said != said: print(f"attention ran as {self._said}")
 
 # %% ../../nbs/api/seeing/gamma_logger.ipynb #b4752521
 @patch(as_prop=True)

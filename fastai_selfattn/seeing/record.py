@@ -91,7 +91,15 @@ def change_share(
     return changed/x.clamp(min=torch.finfo(x.dtype).tiny)
 
 # %% ../../nbs/api/seeing/record.ipynb #f91945b9
-_seen = 'maps','gammas','changes','stats','queries','keys','sizes','pools'     # what a recorder holds after a forward pass, by layer
+_seen = {     # what a recorder holds after a forward pass, by layer
+    'maps': "(bs, points, *map size, pooled as keys are), each sums to 1; mean of the heads, or `head`",
+    'gammas': "a number for each layer that has a gamma; of one with many numbers their root mean square",
+    'changes': "(bs,) norm of gamma*o divided by the norm of x",
+    'stats': "`AttentionStats`, each (bs, *map size), mean of the heads, or `head`; distances in pixels of the image",
+    'queries': "(bs, heads, *map size, d)",
+    'keys': "(bs, heads, *pooled map size, d)",
+    'sizes': "map size of the query pixels",
+    'pools': "side of the pooling of the pixels attended to, 1 for none"}
 
 class AttentionRecorder:
     "Context manager that collects what attention does in every layer during a forward pass of `model`, and leaves nothing behind"
@@ -109,17 +117,9 @@ class AttentionRecorder:
         self._which, = check_whole(0, which=which)
         self.model,self.points,self.layers = model,check_points(points),choose_layers(model, layers)
         self._points,self._stats,self._vectors,self._seed,self._image_size = self.points,stats,vectors,seed,image_size
-        self._stack,self._hooks,self._head = None,[],head
+        self._stack,self._hooks,self._head,self._found = None,[],head,{field:{} for field in _seen}
         self._check_size()
         self._check_maps(named=layers is not None)
-        self.maps:dict[str,Tensor] = {}           # (bs, points, *map size, pooled as keys are), each sums to 1; mean of heads, or `head`
-        self.gammas:dict[str,float] = {}          # of the layers that have a gamma; of one with many numbers their root mean square
-        self.changes:dict[str,Tensor] = {}        # (bs,) norm of gamma*o divided by the norm of x
-        self.stats:dict[str,AttentionStats] = {}  # each (bs, *map size), mean of the heads, or `head`; distances in pixels of the image
-        self.queries:dict[str,Tensor] = {}        # (bs, heads, *map size, d)
-        self.keys:dict[str,Tensor] = {}           # (bs, heads, *pooled map size, d)
-        self.sizes:dict[str,tuple] = {}           # map size of the query pixels
-        self.pools:dict[str,int] = {}             # side of the pooling of the pixels attended to, 1 for none
 
     def __repr__(self):
         if not self.maps: return f"AttentionRecorder of {', '.join(self.layers)}: nothing recorded yet"
@@ -127,6 +127,21 @@ class AttentionRecorder:
             cells = 'x'.join(map(str, m.shape[2:]))
             return f"{name} has maps of {m.shape[0]} pictures and {m.shape[1]} query pixels, {cells} cells"
         return f"AttentionRecorder: {'; '.join(said(name, m) for name,m in self.maps.items())}"
+
+# %% ../../nbs/api/seeing/record.ipynb #e1c70c5e
+def _here(x):
+    "`x` on the CPU, a gamma as a number"
+    if isinstance(x, AttentionStats): return AttentionStats(*map(_here, x))
+    return x if not isinstance(x, Tensor) else x.cpu() if x.dim() else x.item()
+
+@patch
+def _fetch(self:AttentionRecorder):
+    for found in self._found.values(): found.update({name:_here(x) for name,x in found.items()})
+    return self._found
+
+def _reader(field, doc): return property(lambda self: self._fetch()[field], doc=doc)
+
+for _field,_doc in _seen.items(): setattr(AttentionRecorder, _field, _reader(_field, _doc))
 
 # %% ../../nbs/api/seeing/record.ipynb #e8305da5
 @patch
@@ -189,6 +204,7 @@ def __enter__(self:AttentionRecorder):
 def __exit__(self:AttentionRecorder, *exc):
     try: self._leave()
     finally: self._leave()     # again, for the case that Ctrl-C interrupted the first
+    if not any(exc): self._fetch()
 
 # %% ../../nbs/api/seeing/record.ipynb #fccd753b
 def _stats_of_weights(layer, x, at, keys_at, own):
@@ -248,7 +264,7 @@ def _looks(rec, name, layer, x, out):
 def _before(self:AttentionRecorder, model, args, kwargs):
     "Note the image size of a new forward pass and forget what was seen in the one before"
     if getattr(model, '_is_replica', False): raise RuntimeError("this model is run by a `DataParallel`: make the recorder for that")
-    for seen in _seen: getattr(self, seen).clear()
+    for found in self._found.values(): found.clear()
     self._parts = {name:{} for name in self.layers}
     found = picture_tensors((args,kwargs))
     self._n_pictures,self._bs = len(found),len(found[0]) if found else 0
@@ -283,10 +299,10 @@ def _look(self:AttentionRecorder, name):
     def hook(module, args, kwargs, out):
         x = first_tensor((*args, *kwargs.values())).detach().as_subclass(Tensor)
         calls = self._parts[name].setdefault(x.device, [])
-        calls.append({field:t.cpu() if isinstance(t, Tensor) else t for field,t in _looks(self, name, module, x, out)})
+        calls.append(dict(_looks(self, name, module, x, out)))
         if len(calls) > self._n_pictures: calls[:-1] = [None]*(len(calls)-1)     # only the last one will be asked for
         gamma = gamma_of(module)
-        if gamma is not None: self.gammas[name] = one_number(gamma).item()
+        if gamma is not None: self._found['gammas'][name] = one_number(gamma).clone()     # which training may change
     return hook
 
 @patch
@@ -298,9 +314,9 @@ def _after(self:AttentionRecorder, model, args, out):
     for name,parts in self._parts.items():
         seen = self._of_the_picture([parts[device] for device in sorted(parts, key=place)])
         for field in seen[0] if seen else ():
-            ts = [s[field] for s in seen]
-            if field == 'stats': self.stats[name] = AttentionStats(*torch.cat(ts, 1))     # (5, bs, ...)
-            else: getattr(self, field)[name] = torch.cat(ts) if isinstance(ts[0], Tensor) else ts[0]
+            x = seen[0][field]
+            if isinstance(x, Tensor): x = torch.cat([s[field].to(x.device) for s in seen], int(field == 'stats'))     # of (5, bs, ...)
+            self._found[field][name] = AttentionStats(*x) if field == 'stats' else x
 
 # %% ../../nbs/api/seeing/record.ipynb #6ce61d8a
 @patch

@@ -294,6 +294,20 @@ def test_the_forms_that_pytorch_is_asked_about_are_those_that_the_kernel_gets(na
             assert a.shape == b.shape and a.dtype == b.dtype and a.stride(-1) == b.stride(-1) == 1 and a.untyped_storage().nbytes() == 2*a.shape[-1]
             refuse(a)
 
+@pytest.mark.parametrize('shapes,reason', [((2, 2, 2), ''), ((2, 2, 4), 'last dimension')])
+def test_pytorch_gives_its_reasons_and_nothing_reaches_the_screen(shapes, reason, capfd, recwarn):
+    "Its kernel for a CPU asks for one width too"
+    forms = [torch.empty(1, 1, 5, c) for c in shapes]
+    why = cuda._why('flash', *forms)
+    assert reason in why and 'because' not in why and 'disabled' not in why and (why == 'PyTorch does not say why') == (not reason)
+    assert not recwarn.list and capfd.readouterr() == ('', '')
+
+def test_a_kernel_that_is_switched_off_is_refused_for_that():
+    before = torch.backends.cuda.mem_efficient_sdp_enabled()
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    try: assert cuda._why('fused', *[torch.empty(1, 1, 5, 8)]*3) == 'it is switched off in `torch.backends.cuda`'
+    finally: torch.backends.cuda.enable_mem_efficient_sdp(before)
+
 def test_a_kernel_asked_for_by_name_elsewhere_is_refused():
     for name in KERNELS:
         with attention_backend(name) as ran, pytest.raises(ValueError, match=f"'{name}' does not take these tensors: it runs on CUDA, and these are on cpu"): attend(*laid('rows', 1, 5, 7, 3, 4))

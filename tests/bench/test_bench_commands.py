@@ -38,6 +38,12 @@ def test_table_keeps_order_and_values():
     np.testing.assert_equal(table['forward+backward']['ms'].to_numpy(), [10, 20, 30, np.nan])
     np.testing.assert_equal(table['forward']['MiB'].to_numpy(), [3]*4)
 
+def test_table_says_what_ran_where_it_is_known():
+    df = rows(contestant=['ours', 'fastai'], ran=['tiled', ''])
+    df = pd.concat([df, df.assign(**{'pass': 'forward+backward'})])
+    assert bench_table(df)['', 'ran'].to_dict() == {('1,64,16x16', 'ours'): 'tiled', ('1,64,16x16', 'fastai'): ''}
+    assert ('', 'ran') not in bench_table(df.drop(columns='ran'))          # of files of earlier versions
+
 def test_plot_draws_one_family():
     df = rows(shape=['8,512,16x16', '1,64,32x32', '1,64,16x16', '1,64,8x8'], n=[256, 1024, 256, 64], **{'median ms': [9., 3., 2., np.nan]})
     ax = plot_bench(df, which='forward')

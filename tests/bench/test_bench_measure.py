@@ -19,6 +19,11 @@ def test_what_differs_is_not_timed(monkeypatch, quick):
     assert df.loc['F.sdpa', 'median ms'].isna().all() and df.loc['F.sdpa', 'note'].str.startswith('not timed: the output differs').all()
     assert df.loc['fastai', 'median ms'].notna().all()
 
+def test_what_ran_stands_in_every_row_of_ours(quick):
+    "`ours` takes tiles where the map is large; the others have no backend"
+    df = bench_shape(Shape(1, 8, 25, 25), ['ours', 'ours math', 'ours sdpa', 'fastai'], .01, memory=False).set_index('contestant')
+    assert df.groupby('contestant')['ran'].unique().map(list).to_dict() == {'ours': ['tiled'], 'ours math': ['math'], 'ours sdpa': ['sdpa'], 'fastai': ['']}
+
 @pytest.mark.skipif(not importlib.util.find_spec('timm'), reason="timm is not installed")
 def test_timm_is_other_mathematics(quick):
     df = bench_shape(SHAPE, ['timm NonLocalAttn', 'fastai'], .01, memory=False).set_index('contestant')
