@@ -1,4 +1,4 @@
-import os, re, shutil, subprocess, sys
+import gc, os, re, shutil, subprocess, sys
 from pathlib import Path
 import fastai.callback.all  # noqa: F401  gives `Learner` `no_bar`, `fit_one_cycle` and the like, whichever test comes first
 import pytest, torch
@@ -41,24 +41,34 @@ settings.register_profile('ci', derandomize=True, deadline=None)
 if os.environ.get('CI'): settings.load_profile('ci')
 
 # Why a test is slow, and how its name or file says so. `pytest -m "not slow"` leaves these out.
-SLOW = {'compiles, or exports to another format': r'compil|onnx|tensorboard|weights_and_biases',
+SLOW = {'compiles, or exports to another format': r'compil|onnx|tensorboard|weights_and_biases|test_layers::\w*export|test_export',
         'starts processes': r'process|distributed|console_script|installed|wheel|ctrl_c|entry_points|pretrained|same_run|bench_loggers|test_csv|::\w*command|'
                             r'only_learner_patches|imported_by_the_module|repainted_at_its_own',
-        'measures memory': r'memory|streamed|peak',
-        'trains or builds whole U-Nets': r'test_versus|bit_by_bit|test_encoders|test_folder|full_disk|goes_on_as|the_whole_journey|any_order|orders|whole_study',
+        'measures memory': r'memory|streamed|peak|no_tensor_of',
+        'breaks off at each of many steps': r'failure_at_any_step|interrupted|hooks_and_handles|however_training_ends|nothing_is_left_behind',
+        'trains or builds whole U-Nets': r'test_versus|bit_by_bit|test_encoders|test_folder|full_disk|goes_on_as|the_whole_journey|any_order|orders|whole_study|'
+                                         r'known_to_help|optimizer_goes_on|leaves_all_that_it_promises|ran_away',
+        "goes through other libraries' models": r'test_insert::\w*(bit_changes|in_the_way|taking_out|copies_go_on).*(resnet|densenet|convnext|efficientnet|timm|deeplab)|'
+                                                r'test_upgrade::test_xresnet',
         'lays out many figures': r'titles_neither|looks_right',
-        'proves derivatives in double precision': r'gradcheck',
+        "proves derivatives in double precision, or operators by PyTorch's own checks": r'gradcheck|promise_to_torch',
         'runs a whole page': r'test_notebooks'}
 
 def pytest_addoption(parser, pluginmanager):
     "`pytest -p no:xdist`, for a debugger say, runs in one process: the options of pytest-xdist in pyproject.toml mean nothing then"
     if pluginmanager.hasplugin('xdist'): return
-    for option in ('--numprocesses', '--dist'): parser.addoption(option, help='of pytest-xdist, which is not in use')
+    for option in ('--numprocesses', '--maxprocesses', '--dist'): parser.addoption(option, help='of pytest-xdist, which is not in use')
 
 def pytest_collection_modifyitems(items):
     for item in items:
         name = f'{item.path.stem}::{item.name}'
-        if 'browser' in item.fixturenames or any(re.search(r, name) for r in SLOW.values()): item.add_marker(pytest.mark.slow)
+        if {'browser','driver'} & {*item.fixturenames} or any(re.search(r, name) for r in SLOW.values()): item.add_marker(pytest.mark.slow)
+
+@pytest.fixture(scope='session', autouse=True)
+def heap():
+    "What the imports made stays: the garbage collector, which some tests call, need not go through a million objects each time"
+    gc.collect()
+    gc.freeze()
 
 def named(value):
     "The id of a parameter, without addresses in memory, which would differ between the processes of pytest-xdist"
