@@ -68,6 +68,8 @@ def _walls_parser():
                    help="mask value that means not labelled, such as 255: no part of the loss and the figures, with --data")
     p.add_argument('--mask-suffix', metavar='TEXT', help="what masks have after the stem, such as _P in CamVid, with --data")
     p.add_argument('--n-rooms', type=at_least(4), metavar='N', help=f"rooms to make, without --data ({_N_ROOMS})")
+    p.add_argument('--ambiguity', type=at_least(0, float), metavar='A',
+                   help="0 to 1, for rooms that are made: how much of what tells furniture from walls is left out (0)")
     p.add_argument('--size', type=at_least(32), default=96, metavar='PIXELS', help="side that pictures are squeezed to (%(default)s)")
     p.add_argument('--epochs', type=at_least(1), default=12, metavar='N', help="times to go through the training pictures (%(default)s)")
     p.add_argument('--bs', type=at_least(2), default=8, metavar='N', help="pictures in a batch (%(default)s)")
@@ -89,7 +91,9 @@ def _walls_parser():
 def _walls_args(argv):
     p = _walls_parser()
     args = p.parse_args(argv)
-    if args.data and args.n_rooms: p.error("--n-rooms is for the rooms that are made without --data: give one of the two")
+    for option,given in (('--n-rooms',args.n_rooms),('--ambiguity',args.ambiguity)):
+        if args.data and given is not None: p.error(f"{option} is for the rooms that are made without --data: give one of the two")
+    if args.ambiguity and args.ambiguity > 1: p.error(f"--ambiguity must be 0 to 1, not {args.ambiguity:g}")
     for option,given in (('--wall-code',args.wall_code),('--ignore',args.ignore),('--mask-suffix',args.mask_suffix)):
         if given is not None and not args.data: p.error(f"{option} is for the masks of --data, which is not given")
     if args.ignore is not None and args.ignore == args.wall_code: p.error("--ignore and --wall-code are the same: give two")
@@ -97,7 +101,7 @@ def _walls_args(argv):
     if args.compare and args.no_attention: p.error("--compare trains with attention and without: leave out --no-attention")
     if args.seeds and not args.compare: p.error("--seeds is for --compare, which is not given; one run takes --seed")
     if args.compare: args.seeds = args.seeds or _N_SEEDS
-    if not args.data: args.n_rooms = args.n_rooms or _N_ROOMS
+    if not args.data: args.n_rooms,args.ambiguity = args.n_rooms or _N_ROOMS,args.ambiguity or 0.
     return args
 
 # %% ../../nbs/api/walls/commands.ipynb #2d25b226
@@ -135,7 +139,7 @@ def _how(args):
     return dict(code=args.wall_code, ignore=args.ignore, suffix=args.mask_suffix or '')
 
 def _make_items(args, out):
-    try: return wall_items(make_rooms(out/'rooms', args.n_rooms, args.size, args.seed))
+    try: return wall_items(make_rooms(out/'rooms', args.n_rooms, args.size, args.seed, args.ambiguity))
     except OSError as e: raise Failed(f"cannot write the rooms to {out/'rooms'}: {reason(e)}") from e
 
 def _prepare(args, arch, items, out):
@@ -202,9 +206,10 @@ def _compare(args):
         if args.data: wall_items(args.data, **_how(args))
         with _folder_to_compare_in(args.out) as out:
             data = args.data or out/'rooms'
+            made = '' if args.data else f'{args.n_rooms} rooms of seed {args.seed}, ambiguity {args.ambiguity:g}'
             if not args.data and not data.exists(): _make_items(args, out)
             walls_of_seed(0, str(data.resolve()), args.size, args.bs, **_how(args))
-        c = compare_walls(data, out, arch, args.seeds, args.size, args.bs, args.epochs, args.lr, args.gamma, args.pretrained, **_how(args))
+        c = compare_walls(data, out, arch, args.seeds, args.size, args.bs, args.epochs, args.lr, args.gamma, args.pretrained, made=made, **_how(args))
     except ValueError as e: raise Failed(str(e), 2) from e
     except KeyboardInterrupt as e:
         on = f'; to go on, give the same command and --out {shlex.quote(str(out))}' if out and (out/'compare.json').exists() else ''

@@ -32,6 +32,7 @@ def walls_of_seed(
     code:int=None, # the mask value that means wall
     ignore:int=None, # the mask value that means not labelled
     suffix:str='', # what comes after the stem in the names of masks
+    made:str='', # how rooms were made, so that a record tells them from others
 )->DataLoaders:
     "The data of one seed, without the pictures that are kept for tests; `ValueError` as `wall_items` and `wall_dls`"
     train,valid,_ = split_walls(_items(folder, code, ignore, suffix), seed)
@@ -48,7 +49,7 @@ def compare_walls(
     lr:float=2e-3, # highest learning rate
     gamma:float=0., # where gamma starts
     pretrained:bool=False, # start from the encoder's pretrained weights
-    **how # `code`, `ignore` and `suffix` of `wall_items`
+    **how # `code`, `ignore`, `suffix` and `made` of `walls_of_seed`
 )->Comparison:
     "Train wall finders with attention, without it, and with its rivals; write compare.json after each, and at the end .md and .png"
     dls = partial(walls_of_seed, folder=str(data.resolve()), size=size, bs=bs, **how)

@@ -29,6 +29,9 @@ def test_goes_on_with_its_own_and_with_nothing_else(compared, capsys):
     assert after[:len(before)] == before and len(after) == len(before)*3//2
     assert walls_main([*TINY, '--seeds', '3', '--gamma', '.5', '--out', str(compared)]) == 2
     assert runs(compared) == after and 'selfattn-walls: ' in said(capsys)
+    for other in (['--ambiguity', '1'], ['--seed', '5'], ['--n-rooms', '13']):     # the rooms that are there were made otherwise
+        assert walls_main([*TINY, '--seeds', '3', '--gamma', '1', *other, '--out', str(compared)]) == 2
+        assert runs(compared) == after and '12 rooms of seed 0, ambiguity 0' in said(capsys)
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     (tmp_path/'mine.txt').write_text('x')

@@ -211,6 +211,9 @@ def test_without_attention(tmp_path, rooms, capfd):
     ('--arch vit_b_16 --n-rooms 8 --bs 2', 'no U-Net on --arch vit_b_16'),
     ('--arch resnet18 --out there', '--out there exists'),
     ('--n-rooms 8 --bs 7', 'a batch of 7 cannot be filled from 6'),
+    ('--ambiguity 1.5', '--ambiguity must be 0 to 1, not 1.5'),
+    ('--ambiguity nan', 'argument --ambiguity: must be 0 or more, got nan'),
+    ('--data there --ambiguity 0', '--ambiguity is for the rooms that are made without --data'),
     ('--n-rooms 3', 'argument --n-rooms: must be 4 or more, got 3'),
     ('--size 8', 'must be 32 or more, got 8'),
     ('--epochs no', "invalid int value: 'no'"),
@@ -229,6 +232,15 @@ def test_bad_options_are_one_line_and_leave_nothing(args, says, tmp_path, monkey
     out, err = capfd.readouterr()
     assert code == 2 and re.fullmatch(f'selfattn-walls: .*{says}.*\n', err), err
     assert same() and 'Traceback' not in out
+
+def test_rooms_are_made_as_ambiguous_as_asked(tmp_path, monkeypatch, capfd):
+    asked = []
+    def make(path, *args):
+        asked.append(args)
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(walls, 'make_rooms', make)
+    for more in ([], ['--ambiguity', '.25']): assert walls_main([*TINY, '--n-rooms', '8', '--seed', '7', *more, '--out', str(tmp_path/'run')]) == 1
+    assert asked == [(8, 32, 7, 0.), (8, 32, 7, .25)]
 
 def test_pretrained_is_asked_of_the_encoder_and_trained_as_a_whole(tmp_path, rooms, monkeypatch, capfd):
     asked = []
