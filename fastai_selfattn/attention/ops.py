@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import cuda, tiles
 from .tiles import Attend, backward_tiles, forward_tiles, precise, steps
-from ..quiet import exporting
+from ..quiet import check_whole, exporting
 
 # %% ../../nbs/api/attention/ops.ipynb #252b8ba3
 def _math(q, k, v, scale):
@@ -29,8 +29,8 @@ def _math(q, k, v, scale):
     return (w.transpose(1, 2) @ (k@(scale*q).transpose(1, 2)).softmax(1)).transpose(1, 2).to(v.dtype)
 
 def _tiled(q, k, v, scale):
-    if torch.compiler.is_compiling(): return Attend.apply(q, k, v, scale)[0]
-    try: return Attend.apply(q, k, v, scale)[0]
+    if torch.compiler.is_compiling(): return Attend.apply(q, k, v, scale, _max_bytes)[0]
+    try: return Attend.apply(q, k, v, scale, _max_bytes)[0]
     except NotImplementedError as e:     # forward-mode derivatives, the one thing that a `Function` without `jvp` lacks
         raise NotImplementedError("tiled attention has no forward-mode derivative: "
                                   "use reverse mode (`torch.func.grad`, `jacrev`), or `attention_backend('math')`") from e
@@ -54,26 +54,38 @@ def _moved(q, k, scale):
     return (q.to(precise(q)) @ tiles.centre(k.to(precise(k))).mT)*(scale*tiles.LOG2E)
 
 @tiles.attend_op.register_kernel('cuda')
-def _attend_cuda(q, k, v, scale):
+def _attend_cuda(q, k, v, scale, max_bytes=None):
     name = _kernel(q, k, v)
-    if not name: return forward_tiles(q, k, v, scale)
+    if not name: return forward_tiles(q, k, v, scale, max_bytes)
     o,lse = cuda.forward(q, k, v, scale, name)
     return o,lse*tiles.LOG2E-_moved(q, k, scale)
 
 @tiles.grad_op.register_kernel('cuda')
-def _grad_cuda(q, k, v, o, lse, do, scale):
+def _grad_cuda(q, k, v, o, lse, do, scale, max_bytes=None):
     name = _kernel(q, k, v)
-    if not name: return backward_tiles(q, k, v, o, lse, do, scale)
+    if not name: return backward_tiles(q, k, v, o, lse, do, scale, max_bytes)
     return cuda.backward(q, k, v, o, (lse+_moved(q, k, scale))/tiles.LOG2E, do, scale, name)
 
 # %% ../../nbs/api/attention/ops.ipynb #7a59f94c
+def _too_much(q, k):
+    "Why `max_bytes` forbids the formula, whose backward pass holds four maps of bs x nq x nk; empty if it does not"
+    if _max_bytes is None: return ''
+    needed = 4*len(q)*q.shape[1]*k.shape[1]*precise(q).itemsize
+    return '' if needed <= _max_bytes else f'the formula needs {needed:,} bytes, `max_bytes` is {_max_bytes:,}'
+
 def _choose(q, k, v):
     "Name of the backend for these tensors, and why"
     if _backend != 'auto':
-        no = cuda.refused(q, k, v, _backend) if _backend in cuda.WIDTHS else ''
+        no = cuda.refused(q, k, v, _backend) if _backend in cuda.WIDTHS else _too_much(q, k) if _backend == 'math' else ''
         if no: raise ValueError(f"backend {_backend!r} does not take these tensors: {no}. Use `attention_backend('auto')`")
         return _backend,'asked for by `attention_backend`'
     if exporting() or torch.jit.is_tracing(): return 'math','what is exported must run without this package'
+    name,why = _fastest(q, k, v)
+    no = name == 'math' and _too_much(q, k)
+    return ('tiled',no) if no else (name,why)
+
+def _fastest(q, k, v):
+    "Name of the backend for these tensors where memory is no matter, and why"
     if q.device.type == 'cuda':
         if torch.compiler.is_compiling(): return 'tiled','the operator chooses when it runs'
         return cuda.choose(q, k, v)
@@ -104,21 +116,28 @@ class Ran(NamedTuple):
     d:int           # channels of queries and keys
     dv:int          # channels of values
 
-_backend,_lists = 'auto',[]
+_backend,_max_bytes,_lists = 'auto',None,[]
+
+def _check_bytes(max_bytes, name):
+    if max_bytes is None: return
+    check_whole(tiles.LEAST, 'bytes', max_bytes=max_bytes)
+    if name == 'sdpa': raise ValueError("'sdpa' may hold nq x nk, as PyTorch chooses, whatever `max_bytes` is: use 'auto' or 'tiled'")
 
 @contextmanager
 def attention_backend(
     name:str='auto', # 'auto' chooses; 'math' holds nq x nk; 'tiled' never does; 'fused', 'flash': on CUDA; 'sdpa': as PyTorch chooses
+    max_bytes:int=None, # for the blocks of weights that are held at once, 16384 or more; None: as is fastest
 )->Iterator[list[Ran]]: # gets a `Ran` for each call of `attend`; nothing from inside compiled code
-    "`attend` computes with backend `name` inside the `with` block; `ValueError` on another name"
-    global _backend
+    "`attend` computes with backend `name` inside the `with` block; `ValueError` on another name or too few bytes"
+    global _backend,_max_bytes
     if name != 'auto' and name not in _backends:
         raise ValueError(f"`name` must be one of {', '.join(('auto', *_backends))}; got {name!r}")
-    before,_backend = _backend,name
+    _check_bytes(max_bytes, name)
+    before,_backend,_max_bytes = (_backend,_max_bytes),name,max_bytes
     _lists.append(ran := [])
     try: yield ran
     finally:
-        _backend = before
+        _backend,_max_bytes = before
         _lists[:] = [l for l in _lists if l is not ran]
 
 # %% ../../nbs/api/attention/ops.ipynb #3bfa46b8
@@ -148,8 +167,11 @@ def attend(
     k:Tensor, # (bs, nk, d) key vectors
     v:Tensor, # (bs, nk, dv) value vectors
     scale:float=1., # factor on the logits `q @ k.mT`; SAGAN has none
+    max_bytes:int=None, # for the blocks of weights that are held at once, 16384 or more; None: what `attention_backend` says
 )->Tensor: # (bs, nq, dv) in the dtype of the inputs; logits and sums are float32 at least
     "Exact softmax attention, of large maps without ever holding nq x nk; `TypeError`/`ValueError` on unfit inputs (SAGAN, eq. 1)"
+    if max_bytes is not None:
+        with attention_backend(_backend, max_bytes): return attend(q, k, v, scale)
     q,k,v = _check(q=q, k=k, v=v)
     name,why = _choose(q, k, v)
     if _lists and not torch.compiler.is_compiling():
