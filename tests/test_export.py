@@ -152,3 +152,46 @@ def test_what_no_learner_can_tell(tmp_path):
     empty = Learner(DataLoaders(DataLoader([], bs=1), DataLoader([], bs=1)), learn.model, loss_func=MSELossFlat())
     with pytest.raises(ValueError, match='give `size`'): to_program(empty)
     with pytest.raises(ValueError, match='no `decodes`'): Deployed(Learner(learn.dls, learn.model, loss_func=nn.CrossEntropyLoss()), 'classes')
+
+PEAK = '''
+import resource, sys, numpy as np, onnxruntime
+session = onnxruntime.InferenceSession('model.onnx')
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+session.run(None, {'picture': np.zeros((1, 3, 128, 128), np.float32)})
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/2**10)
+'''
+
+def attentive(size):
+    "A net whose attention has one pixel for each of the picture's"
+    torch.manual_seed(5)
+    dls, _ = pictures_dls()
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), SelfAttention(16, gamma=1.), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+    return Learner(dls, net, loss_func=CrossEntropyLossFlat()), torch.rand(2, 3, *size)
+
+def test_peak_memory_of_onnx_with_a_large_map(tmp_path):
+    "n x n of 128x128 would be 1024 MiB"
+    pytest.importorskip('onnxruntime')
+    learn, _ = attentive((128, 128))
+    to_onnx(learn, tmp_path/'model.onnx', size=24)     # the size that it is run at is another
+    run = subprocess.run([sys.executable, '-c', PEAK], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert float(run.stdout) < 200, run.stdout
+
+@pytest.mark.parametrize('size', [(33, 37), (32, 40), (16, 16)], ids=str)     # 1280 is five whole blocks, 256 is one
+def test_blocks_of_rows_in_a_program_and_in_torchscript(size, tmp_path):
+    learn, x = attentive(size)
+    largest = []
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor): largest.append(out.numel())
+            return out
+    with torch.no_grad(): want = Deployed(learn)(x)
+    program = to_program(learn, size=24).module()
+    with Sizes(), torch.no_grad(): torch.testing.assert_close(program(x), want, atol=1e-5, rtol=1e-4)
+    n = size[0]*size[1]
+    assert max(largest) <= 2*max(256*n, 32*n)
+    to_torchscript(learn, tmp_path/'model.pt', size=size)
+    scripted = torch.jit.load(tmp_path/'model.pt')
+    with torch.no_grad(): torch.testing.assert_close(scripted(x), want, atol=1e-5, rtol=1e-4)
+    assert ('prim::Loop' in str(scripted.inlined_graph)) == (n > 1024)

@@ -10,8 +10,10 @@ __all__ = ['which_backend', 'Ran', 'attention_backend', 'attend', 'dot_attend', 
 
 # %% ../../nbs/api/attention/ops.ipynb #20d69d12
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -42,6 +44,40 @@ def _sdpa(q, k, v, scale):
     return o.masked_fill(q | k.all(1, keepdim=True), math.nan)     # no weights: all logits are -inf, where PyTorch has zeros
 
 _backends = dict(math=_math, tiled=_tiled, fused=_tiled, flash=_tiled, sdpa=_sdpa)     # on a GPU the operator of `_tiled` runs the kernels
+
+# %% ../../nbs/api/attention/ops.ipynb #ccb1ff90
+BLOCK = 256     # query pixels
+RECORDED = 'what is exported must run without this package'
+
+def _scanned(q, k, v):
+    from torch._higher_order_ops.scan import scan
+    n = q.shape[1]
+    blocks = n//BLOCK + 1     # there is always something to fill up: an exported graph must not depend on whether there is
+    q = F.pad(q, (0, 0, 0, blocks*BLOCK-n)).unflatten(1, (blocks,BLOCK)).movedim(1, 0)
+    k,v = k.transpose(1, 2).clone(),v.clone()     # `scan` takes no two views of one tensor
+    def step(nothing, rows): return nothing.clone(),(rows@k).softmax(-1)@v
+    _,o = scan(step, q.new_zeros(1), q)
+    return o.movedim(0, 1).flatten(1, 2)[:, :n]
+
+def _looped(q:Tensor, k:Tensor, v:Tensor, block:int)->Tensor:
+    out = []
+    for i in range(0, q.shape[1], block): out.append((q[:, i:i+block]@k.transpose(1, 2)).softmax(-1)@v)
+    return torch.cat(out, 1)
+
+@cache
+def _script(f):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')     # that TorchScript is deprecated
+        return torch.jit.script(f)
+
+def _recorded(q, k, v, scale):
+    "The formula as an exported graph holds it"
+    few = isinstance(q.shape[1], int) and isinstance(k.shape[1], int) and q.shape[1]*k.shape[1] <= 2**20
+    if few or not (torch.compiler.is_exporting() or torch.jit.is_tracing()) or torch.onnx.is_in_onnx_export() and torch.jit.is_tracing():
+        return _math(q, k, v, scale)
+    dtype,(q,k,v) = v.dtype,(t.to(precise(t)) for t in (q,k,v))
+    o = _scanned(scale*q, k, v) if torch.compiler.is_exporting() else _script(_looped)(scale*q, k, v, BLOCK)
+    return o.to(dtype)
 
 # %% ../../nbs/api/attention/ops.ipynb #39a2ff81
 def _kernel(q, k, v):
@@ -79,7 +115,7 @@ def _choose(q, k, v):
         no = cuda.refused(q, k, v, _backend) if _backend in cuda.WIDTHS else _too_much(q, k) if _backend == 'math' else ''
         if no: raise ValueError(f"backend {_backend!r} does not take these tensors: {no}. Use `attention_backend('auto')`")
         return _backend,'asked for by `attention_backend`'
-    if exporting() or torch.jit.is_tracing(): return 'math','what is exported must run without this package'
+    if exporting() or torch.jit.is_tracing(): return 'math',RECORDED
     name,why = _fastest(q, k, v)
     no = name == 'math' and _too_much(q, k)
     return ('tiled',no) if no else (name,why)
@@ -176,7 +212,8 @@ def attend(
     name,why = _choose(q, k, v)
     if _lists and not torch.compiler.is_compiling():
         for ran in _lists: ran.append(Ran(name, why, str(q.device), v.dtype, *q.shape[:2], k.shape[1], q.shape[2], v.shape[2]))
-    with torch.autocast(q.device.type, enabled=False): return _backends[name](q, k, v, float(scale))
+    compute = _recorded if why is RECORDED else _backends[name]
+    with torch.autocast(q.device.type, enabled=False): return compute(q, k, v, float(scale))
 
 # %% ../../nbs/api/attention/ops.ipynb #112c4400
 def dot_attend(

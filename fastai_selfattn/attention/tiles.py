@@ -26,7 +26,7 @@ def tile(bs, rows, cols, most=None, budget=math.inf):
     cols = min(cols, most_cols)
     return 1,min(rows, area//cols),cols
 
-# %% ../../nbs/api/attention/tiles.ipynb #439ea4f6
+# %% ../../nbs/api/attention/tiles.ipynb #f0fce5c1
 LEAST = 2**14     # bytes: tiles of 64 x 64 and of 45 x 45, below which a step is mostly its own beginning
 
 def budget(t, max_bytes, blocks):
@@ -84,6 +84,11 @@ def _accumulate(acc, a, b, first):
     else: torch.bmm(b.mT, a.mT, out=acc.mT)
 
 # %% ../../nbs/api/attention/tiles.ipynb #03cffd04
+watchers = []     # functions that get the share of a forward walk that is done, for progress bars
+
+def _tell(share):
+    for f in watchers: f(share)
+
 def forward_tiles(q, k, v, scale, max_bytes=None):
     "Output (bs, nq, dv) and log-sum-exp (bs, nq, 1), base 2 and of centred keys, tile by tile"
     dtype,o = v.dtype,_rows_like(v, q.shape[1], precise(v))
@@ -92,6 +97,7 @@ def forward_tiles(q, k, v, scale, max_bytes=None):
     safe = _safe_rows(q, k, v) if on_cpu(q) else lse     # elsewhere not looked at
     tb,tr,tc = size = tile(q.shape[0], q.shape[1], k.shape[1], most(q), budget(q, max_bytes, 1))
     block = q.new_empty(math.prod(size))     # the memory of every tile, one after the other
+    n_rows,n_done = q[...,0].numel(),0
     for qb,kb,vb,ob,lseb,safeb in steps(0, tb, q, k.mT, v.mT, o, lse, safe):     # b: some images
         tiles = list(steps(2, tc, kb, vb))
         for qt,ot,lset,safet in steps(1, tr, qb, ob, lseb, safeb):     # t: some of their query pixels, below with some keys
@@ -110,6 +116,8 @@ def forward_tiles(q, k, v, scale, max_bytes=None):
             torch.div(acc, total, out=ot)
             torch.log2(total, out=lset)
             if top is not None: lset.add_(top)     # `total` was of 2^(logit-top)
+            n_done += lset.numel()
+            _tell(n_done/n_rows)
     return o.to(dtype),lse
 
 @torch.library.custom_op('fastai_selfattn::attend', mutates_args=())
