@@ -7,7 +7,7 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/large.html.md"""
 # %% auto #0
 __all__ = ['predict_large']
 
-# %% ../nbs/api/large.ipynb #5e0a9505
+# %% ../nbs/api/large.ipynb #4840bca9
 import gc
 import math
 import os
@@ -33,7 +33,7 @@ from .attention.ops import attention_backend
 from .export import Deployed
 from .quiet import check_whole, tensors
 
-# %% ../nbs/api/large.ipynb #3e5ca24b
+# %% ../nbs/api/large.ipynb #26a1378f
 class _Look(NamedTuple):
     "What must be known of a model for windows"
     unit:int        # pixels; windows begin at multiples of it
@@ -60,7 +60,7 @@ def _sides(model, layers, x):
         raise ValueError(f"the model must give a map of the picture's size, (bs, classes, h, w); of {tuple(x.shape)} it made {got}")
     return min(sides),shapes
 
-# %% ../nbs/api/large.ipynb #1db3e157
+# %% ../nbs/api/large.ipynb #0c54d215
 @contextmanager
 def _stand_ins(functions):
     "Modules compute what `functions` say, module -> function"
@@ -69,7 +69,8 @@ def _stand_ins(functions):
     finally:
         for m in functions: del m.forward
 
-# %% ../nbs/api/large.ipynb #ab2e1ecf
+# %% ../nbs/api/large.ipynb #46255aca
+SIDE = 256    # pixels of the picture with which a model is looked at first
 MOST = 64     # units of the longest strip that is tried
 
 _FAR = ("besides attention, something in this model looks farther than {} pixels, perhaps everywhere (a normalisation or a mean "
@@ -93,16 +94,15 @@ def _look(model, channels):
     for name,m in layers.items():
         if type(m).__module__.startswith('fastai.'):
             raise ValueError(f"{name} is fastai's own layer, which holds n x n: turn it into ours, with `learn.upgrade_attention()`")
-    side = 256
-    least,shapes = _sides(model, layers, torch.zeros(1, channels, side, side))
-    if least < 4: raise ValueError(_FAR.format(side//2))
-    unit = side//least
-    strides = {name: side//s[2] for name,s in shapes.items()}
-    with _stand_ins({layers[name]: lambda x: x for name in shapes}):
+    with _stand_ins({m: lambda x: x for m in layers.values()}):
+        least,shapes = _sides(model, layers, torch.zeros(1, channels, SIDE, SIDE))
+        if least < 4: raise ValueError(_FAR.format(SIDE//2))
+        unit = SIDE//least
         reach = max(_reach(model, unit, channels, dim) for dim in (2,3))
+    strides = {name: SIDE//s[2] for name,s in shapes.items()}
     return _Look(unit, -(-reach//unit)*unit, {n: layers[n] for n in shapes}, strides, {n: s[1] for n,s in shapes.items()})
 
-# %% ../nbs/api/large.ipynb #21746336
+# %% ../nbs/api/large.ipynb #7201f0b1
 class _Window(NamedTuple):
     "What a window covers of one side of the picture, in pixels"
     start:int   # of the window itself
@@ -127,7 +127,7 @@ def _windows(length, width, margin):
         stop = min(start+width, length)
         yield _Window(start, stop, max(0, start-margin), min(length, stop+margin))
 
-# %% ../nbs/api/large.ipynb #253b7f24
+# %% ../nbs/api/large.ipynb #d7918964
 class Peak(TorchDispatchMode):
     "Counts the bytes of the tensors that are made inside the `with` block and still alive, `now` and when they were `most`"
     def __init__(self):
@@ -149,28 +149,31 @@ class Peak(TorchDispatchMode):
 
     def free(self, at): self.now -= self.alive.pop(at)
 
-# %% ../nbs/api/large.ipynb #23e11f06
+# %% ../nbs/api/large.ipynb #84add20f
 def _bytes_a_cell(f, channels, side):
     "What `f` holds at most for each cell of a map (1, channels, side, side) that it is given, that map included"
     with torch.no_grad(), attention_backend(max_bytes=tiles.LEAST), Peak() as peak: f(torch.zeros(1, channels, side, side))
     return peak.most/side**2
 
 def _fit(look, model, size, channels, held, max_bytes):
-    "Width of windows, a multiple of the unit, that fits beside `held` bytes; `ValueError` if none does"
-    (h,w),cells = size,{name: math.prod(size)//s**2 for name,s in look.strides.items()}
+    "Width of windows, a multiple of the unit, and bytes for tiles that fit beside `held` bytes; `ValueError` if none does"
+    cells = {name: math.prod(size)//s**2 for name,s in look.strides.items()}
     maps = held + sum(4*c*cells[name] for name,c in look.channels.items())
     def attending(name): return _bytes_a_cell(look.layers[name], c := look.channels[name], 32) + 8*c     # with copies in the operator
-    layers = max(attending(name)*cells[name] for name in cells)
+    attention = maps + max(attending(name)*cells[name] for name in cells)
     with _stand_ins({m: lambda x: x for m in look.layers.values()}): a_pixel = _bytes_a_cell(model, channels, 8*look.unit)
-    def needed(width): return int(maps + max(layers, a_pixel*math.prod(min(width+2*look.margin, side) for side in size)))
+    looking = a_pixel*max(SIDE**2, 2*MOST*look.unit**2)     # what has been done already
+    def passing(width): return maps + a_pixel*math.prod(min(width+2*look.margin, side) for side in size)
     widths = range(-(-max(size)//look.unit)*look.unit, 0, -look.unit)
-    width = next((width for width in widths if needed(width) <= max_bytes), None)
-    if width is None:
-        raise ValueError(f"a picture of {h}x{w} needs at least {needed(look.unit):,} bytes with this model, `max_bytes` is {max_bytes:,}")
+    width = next((width for width in widths if passing(width) <= max_bytes), None)
+    least = math.ceil(max(passing(look.unit), attention+tiles.LEAST, looking))
+    if least > max_bytes:
+        raise ValueError(f"a picture of {size[0]}x{size[1]} needs at least {least:,} bytes with this model, `max_bytes` is {max_bytes:,}")
     n = -(-max(size)//width)
-    return -(-max(size)//(n*look.unit))*look.unit     # as many windows, as even as can be
+    width = -(-max(size)//(n*look.unit))*look.unit     # as many windows, as even as can be
+    return width,int(min(max_bytes-attention, 2**25))
 
-# %% ../nbs/api/large.ipynb #9b2b51e3
+# %% ../nbs/api/large.ipynb #cedc9e46
 class _Enough(Exception):
     "A pass over a window has come as far as it should"
     def __init__(self, x): self.x = x
@@ -199,7 +202,7 @@ def _pass(model, look, picture, width, done, stop, tick):
 
 def _values(picture): return picture/255 if picture.dtype == torch.uint8 else picture
 
-# %% ../nbs/api/large.ipynb #869d9be5
+# %% ../nbs/api/large.ipynb #0be88d62
 _GO_TO,_ATTENDS,_LAST = 'windows up to','attention of','windows to the prediction'
 
 @contextmanager
@@ -225,7 +228,7 @@ def _watched(f):
     try: yield
     finally: tiles.watchers.remove(f)
 
-# %% ../nbs/api/large.ipynb #de0bd8b2
+# %% ../nbs/api/large.ipynb #aac7ccca
 def _as_tensor(picture):
     "(c, h, w), uint8 as it comes from a file, or a tensor as it is"
     if not isinstance(picture, Tensor):
@@ -244,15 +247,16 @@ def _extended(picture, unit):
         if n % unit: picture = picture.index_select(dim, torch.arange(-(-n//unit)*unit).clamp(max=n-1))
     return picture
 
-# %% ../nbs/api/large.ipynb #705eab98
+# %% ../nbs/api/large.ipynb #864d6fd7
 def _predict(model, look, picture, width, at):
     done,device = {},next(model.parameters()).device
     for name,layer in look.layers.items():
         x = _pass(model, look, picture, width, done, name, lambda share: at(f'{_GO_TO} {name}', share))
+        at(f'{_ATTENDS} {name}', 0.)
         with _watched(lambda share: at(f'{_ATTENDS} {name}', share)), torch.no_grad(): done[name] = layer(x.to(device)).cpu()
     return _pass(model, look, picture, width, done, None, lambda share: at(_LAST, share))[0]
 
-# %% ../nbs/api/large.ipynb #95b435f6
+# %% ../nbs/api/large.ipynb #d8a9a948
 def predict_large(
     learn:Learner, # its model has attention, and gives a map of the picture's size
     picture:str|os.PathLike|Image.Image|Tensor, # a file, an image, or (c, h, w), uint8 or float32 with values 0 to 1
@@ -265,11 +269,11 @@ def predict_large(
     model,given = Deployed(learn, output),_as_tensor(picture)
     look = _look(model.model, len(given))
     picture = _extended(given, look.unit)
-    size,spare = tuple(picture.shape[1:]),max(tiles.LEAST, min(max_bytes//8, 2**25))     # of tiles of attention
+    size = tuple(picture.shape[1:])
     with torch.no_grad(), _stand_ins({m: lambda x: x for m in look.layers.values()}):
         example = model(_values(picture[None, :, :8*look.unit, :8*look.unit]))
     prediction = example.element_size()*example[0].numel()//math.prod(example.shape[-2:])*math.prod(size)
-    width = _fit(look, model, size, len(picture), picture.element_size()*picture.numel() + prediction + spare, max_bytes)
+    width,spare = _fit(look, model, size, len(picture), picture.element_size()*picture.numel() + prediction, max_bytes)
     model = model.to(next(learn.model.parameters()).device)
     with _progress(look, progress and (IN_NOTEBOOK or sys.stdout.isatty())) as at, attention_backend(max_bytes=spare):
         return _predict(model, look, picture, width, at)[..., :given.shape[1], :given.shape[2]]

@@ -45,7 +45,7 @@ def _sdpa(q, k, v, scale):
 
 _backends = dict(math=_math, tiled=_tiled, fused=_tiled, flash=_tiled, sdpa=_sdpa)     # on a GPU the operator of `_tiled` runs the kernels
 
-# %% ../../nbs/api/attention/ops.ipynb #ccb1ff90
+# %% ../../nbs/api/attention/ops.ipynb #480ce7f7
 BLOCK = 256     # query pixels
 RECORDED = 'what is exported must run without this package'
 
@@ -72,12 +72,20 @@ def _script(f):
 
 def _recorded(q, k, v, scale):
     "The formula as an exported graph holds it"
-    few = isinstance(q.shape[1], int) and isinstance(k.shape[1], int) and q.shape[1]*k.shape[1] <= 2**20
-    if few or not (torch.compiler.is_exporting() or torch.jit.is_tracing()) or torch.onnx.is_in_onnx_export() and torch.jit.is_tracing():
-        return _math(q, k, v, scale)
+    is_older = torch.onnx.is_in_onnx_export() and not torch.compiler.is_exporting()
+    if is_older or _is_few(q, k): return _math(q, k, v, scale)
     dtype,(q,k,v) = v.dtype,(t.to(precise(t)) for t in (q,k,v))
     o = _scanned(scale*q, k, v) if torch.compiler.is_exporting() else _script(_looped)(scale*q, k, v, BLOCK)
     return o.to(dtype)
+
+def _is_few(q, k):
+    "Whether the weights are few, whatever the size of the picture when the graph runs"
+    sizes = q.shape[1],k.shape[1]
+    if torch.jit.is_tracing():
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')     # that sizes become constants
+            sizes = [int(n) for n in sizes]
+    return all(isinstance(n, int) for n in sizes) and math.prod(sizes) <= 2**20
 
 # %% ../../nbs/api/attention/ops.ipynb #39a2ff81
 def _kernel(q, k, v):
@@ -213,6 +221,7 @@ def attend(
     if _lists and not torch.compiler.is_compiling():
         for ran in _lists: ran.append(Ran(name, why, str(q.device), v.dtype, *q.shape[:2], k.shape[1], q.shape[2], v.shape[2]))
     compute = _recorded if why is RECORDED else _backends[name]
+    if why is RECORDED and not torch.is_autocast_enabled(q.device.type): return compute(q, k, v, float(scale))     # nothing to record
     with torch.autocast(q.device.type, enabled=False): return compute(q, k, v, float(scale))
 
 # %% ../../nbs/api/attention/ops.ipynb #112c4400
