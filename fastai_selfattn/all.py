@@ -6,6 +6,8 @@ from fastai_selfattn.attention.ops import attend, attention_backend, attention_s
 from fastai_selfattn.compare.compare import compare_attention
 from fastai_selfattn.compare.results import Comparison
 from fastai_selfattn.export import to_onnx, to_program, to_torchscript
+from fastai_selfattn.large import predict_large
+from fastai_selfattn.placement.compiled import compile_unet
 from fastai_selfattn.placement.insert import insert_attention, remove_attention
 from fastai_selfattn.placement.keep import load_attention, save_attention
 from fastai_selfattn.placement.optim import inserted_layers
@@ -28,8 +30,8 @@ __all__ = ['attend', 'attention_backend', 'attention_stats', 'attention_weights'
            'register_attention', 'attention_layers', 'attention_status', 'attention_off', 'attention_uniform', 'attention_effect',
            'attention_sites', 'insert_attention', 'inserted_layers', 'remove_attention', 'upgrade_attention', 'save_attention',
            'load_attention',
-           'create_unet_model', 'unet_learner',
-           'compare_attention', 'Comparison', 'to_onnx', 'to_program', 'to_torchscript',
+           'create_unet_model', 'unet_learner', 'compile_unet',
+           'compare_attention', 'Comparison', 'to_onnx', 'to_program', 'to_torchscript', 'predict_large',
            'AttentionRecorder', 'receptive_field', 'GammaLogger', 'AttentionMapLogger', 'AttentionInterpretation', 'attention_explorer',
            'plot_attention', 'plot_attention_stats', 'plot_gamma', 'plot_sites',
            'show_attention', 'show_attention_growth', 'show_receptive_field']

@@ -1,9 +1,9 @@
 "A trained Learner written in three formats predicts the same in a process that has neither fastai nor this package."
-import gc, json, subprocess, sys
+import gc, json, os, subprocess, sys
 import fastai.callback.all  # noqa: F401
 import numpy as np
 import pytest, torch
-from conftest import named
+from conftest import Largest, named
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
@@ -18,6 +18,7 @@ from torch import nn
 
 import fastai_selfattn.export as export_module
 from fastai_selfattn.attention.layers import SelfAttention
+from fastai_selfattn.attention.ops import attention_backend
 from fastai_selfattn.export import Deployed, to_onnx, to_program, to_torchscript
 from fastai_selfattn.placement.unet import unet_learner
 from fastai_selfattn.walls.data import rooms_dls
@@ -152,3 +153,50 @@ def test_what_no_learner_can_tell(tmp_path):
     empty = Learner(DataLoaders(DataLoader([], bs=1), DataLoader([], bs=1)), learn.model, loss_func=MSELossFlat())
     with pytest.raises(ValueError, match='give `size`'): to_program(empty)
     with pytest.raises(ValueError, match='no `decodes`'): Deployed(Learner(learn.dls, learn.model, loss_func=nn.CrossEntropyLoss()), 'classes')
+
+PEAK = '''
+import numpy as np, onnxruntime
+
+def peak():
+    "MiB; not `ru_maxrss`, which begins at that of the process that started this one"
+    line = next(l for l in open('/proc/self/status') if l.startswith('VmHWM'))
+    return int(line.split()[1])/2**10
+
+session = onnxruntime.InferenceSession('model.onnx')
+before = peak()
+session.run(None, {'picture': np.zeros((1,3,128,128), np.float32)})
+print(peak()-before)
+'''
+
+def attentive(size):
+    "A net whose attention has one pixel for each of the picture's"
+    torch.manual_seed(5)
+    dls, _ = pictures_dls()
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), SelfAttention(16, gamma=1.), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+    return Learner(dls, net, loss_func=CrossEntropyLossFlat()), torch.rand(2, 3, *size)
+
+def test_peak_memory_of_onnx_with_a_large_map(tmp_path):
+    "n x n of 128x128 would be 1024 MiB"
+    pytest.importorskip('onnxruntime')
+    if not os.path.exists('/proc/self/status'): pytest.skip('peak memory is read from /proc')
+    learn, _ = attentive((128, 128))
+    def measured(name):
+        with attention_backend(name): to_onnx(learn, tmp_path/'model.onnx', size=24)     # the size that it is run at is another
+        run = subprocess.run([sys.executable, '-c', PEAK], cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-4000:]
+        return float(run.stdout)
+    assert measured('auto') < 200 < 1000 < measured('math')
+
+@pytest.mark.parametrize('size', [(33, 37), (32, 40), (16, 16)], ids=str)     # 1280 is five whole blocks, 256 is one
+def test_blocks_of_rows_in_a_program_and_in_torchscript(size, tmp_path):
+    learn, x = attentive(size)
+    with torch.no_grad(): want = Deployed(learn)(x)
+    program = to_program(learn, size=24).module()
+    with Largest() as largest, torch.no_grad(): got = program(x)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    n = size[0]*size[1]
+    assert largest.numel <= 2*256*max(n, 256)     # of two pictures
+    to_torchscript(learn, tmp_path/'model.pt', size=size)
+    scripted = torch.jit.load(tmp_path/'model.pt')
+    with torch.no_grad(): torch.testing.assert_close(scripted(x), want, atol=1e-5, rtol=1e-4)
+    assert ('prim::Loop' in str(scripted.inlined_graph)) == (n > 1024)

@@ -10,8 +10,10 @@ __all__ = ['which_backend', 'Ran', 'attention_backend', 'attend', 'dot_attend', 
 
 # %% ../../nbs/api/attention/ops.ipynb #20d69d12
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from . import cuda, tiles
 from .tiles import Attend, backward_tiles, forward_tiles, precise, steps
-from ..quiet import exporting
+from ..quiet import check_whole, exporting
 
 # %% ../../nbs/api/attention/ops.ipynb #252b8ba3
 def _math(q, k, v, scale):
@@ -29,8 +31,8 @@ def _math(q, k, v, scale):
     return (w.transpose(1, 2) @ (k@(scale*q).transpose(1, 2)).softmax(1)).transpose(1, 2).to(v.dtype)
 
 def _tiled(q, k, v, scale):
-    if torch.compiler.is_compiling(): return Attend.apply(q, k, v, scale)[0]
-    try: return Attend.apply(q, k, v, scale)[0]
+    if torch.compiler.is_compiling(): return Attend.apply(q, k, v, scale, _max_bytes)[0]
+    try: return Attend.apply(q, k, v, scale, _max_bytes)[0]
     except NotImplementedError as e:     # forward-mode derivatives, the one thing that a `Function` without `jvp` lacks
         raise NotImplementedError("tiled attention has no forward-mode derivative: "
                                   "use reverse mode (`torch.func.grad`, `jacrev`), or `attention_backend('math')`") from e
@@ -43,6 +45,48 @@ def _sdpa(q, k, v, scale):
 
 _backends = dict(math=_math, tiled=_tiled, fused=_tiled, flash=_tiled, sdpa=_sdpa)     # on a GPU the operator of `_tiled` runs the kernels
 
+# %% ../../nbs/api/attention/ops.ipynb #480ce7f7
+BLOCK = 256     # query pixels
+RECORDED = 'what is exported must run without this package'
+
+def _scanned(q, k, v):
+    from torch._higher_order_ops.scan import scan
+    n = q.shape[1]
+    blocks = n//BLOCK + 1     # there is always something to fill up: an exported graph must not depend on whether there is
+    q = F.pad(q, (0, 0, 0, blocks*BLOCK-n)).unflatten(1, (blocks,BLOCK)).movedim(1, 0)
+    k,v = k.transpose(1, 2).clone(),v.clone()     # `scan` takes no two views of one tensor
+    def step(nothing, rows): return nothing.clone(),(rows@k).softmax(-1)@v
+    _,o = scan(step, q.new_zeros(1), q)
+    return o.movedim(0, 1).flatten(1, 2)[:, :n]
+
+def _looped(q:Tensor, k:Tensor, v:Tensor, block:int)->Tensor:
+    out = []
+    for i in range(0, q.shape[1], block): out.append((q[:, i:i+block]@k.transpose(1, 2)).softmax(-1)@v)
+    return torch.cat(out, 1)
+
+@cache
+def _script(f):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')     # that TorchScript is deprecated
+        return torch.jit.script(f)
+
+def _recorded(q, k, v, scale):
+    "The formula as an exported graph holds it"
+    is_older = torch.onnx.is_in_onnx_export() and not torch.compiler.is_exporting()
+    if is_older or _is_few(q, k): return _math(q, k, v, scale)
+    dtype,(q,k,v) = v.dtype,(t.to(precise(t)) for t in (q,k,v))
+    o = _scanned(scale*q, k, v) if torch.compiler.is_exporting() else _script(_looped)(scale*q, k, v, BLOCK)
+    return o.to(dtype)
+
+def _is_few(q, k):
+    "Whether the weights are few, whatever the size of the picture when the graph runs"
+    sizes = q.shape[1],k.shape[1]
+    if torch.jit.is_tracing():
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')     # that sizes become constants
+            sizes = [int(n) for n in sizes]
+    return all(isinstance(n, int) for n in sizes) and math.prod(sizes) <= 2**20
+
 # %% ../../nbs/api/attention/ops.ipynb #39a2ff81
 def _kernel(q, k, v):
     "The kernel for tensors on a GPU; empty for tiles"
@@ -54,26 +98,38 @@ def _moved(q, k, scale):
     return (q.to(precise(q)) @ tiles.centre(k.to(precise(k))).mT)*(scale*tiles.LOG2E)
 
 @tiles.attend_op.register_kernel('cuda')
-def _attend_cuda(q, k, v, scale):
+def _attend_cuda(q, k, v, scale, max_bytes=None):
     name = _kernel(q, k, v)
-    if not name: return forward_tiles(q, k, v, scale)
+    if not name: return forward_tiles(q, k, v, scale, max_bytes)
     o,lse = cuda.forward(q, k, v, scale, name)
     return o,lse*tiles.LOG2E-_moved(q, k, scale)
 
 @tiles.grad_op.register_kernel('cuda')
-def _grad_cuda(q, k, v, o, lse, do, scale):
+def _grad_cuda(q, k, v, o, lse, do, scale, max_bytes=None):
     name = _kernel(q, k, v)
-    if not name: return backward_tiles(q, k, v, o, lse, do, scale)
+    if not name: return backward_tiles(q, k, v, o, lse, do, scale, max_bytes)
     return cuda.backward(q, k, v, o, (lse+_moved(q, k, scale))/tiles.LOG2E, do, scale, name)
 
 # %% ../../nbs/api/attention/ops.ipynb #7a59f94c
+def _too_much(q, k):
+    "Why `max_bytes` forbids the formula, whose backward pass holds four maps of bs x nq x nk; empty if it does not"
+    if _max_bytes is None: return ''
+    needed = 4*len(q)*q.shape[1]*k.shape[1]*precise(q).itemsize
+    return '' if needed <= _max_bytes else f'the formula needs {needed:,} bytes, `max_bytes` is {_max_bytes:,}'
+
 def _choose(q, k, v):
     "Name of the backend for these tensors, and why"
     if _backend != 'auto':
-        no = cuda.refused(q, k, v, _backend) if _backend in cuda.WIDTHS else ''
+        no = cuda.refused(q, k, v, _backend) if _backend in cuda.WIDTHS else _too_much(q, k) if _backend == 'math' else ''
         if no: raise ValueError(f"backend {_backend!r} does not take these tensors: {no}. Use `attention_backend('auto')`")
         return _backend,'asked for by `attention_backend`'
-    if exporting() or torch.jit.is_tracing(): return 'math','what is exported must run without this package'
+    if exporting() or torch.jit.is_tracing(): return 'math',RECORDED
+    name,why = _fastest(q, k, v)
+    no = name == 'math' and _too_much(q, k)
+    return ('tiled',no) if no else (name,why)
+
+def _fastest(q, k, v):
+    "Name of the backend for these tensors where memory is no matter, and why"
     if q.device.type == 'cuda':
         if torch.compiler.is_compiling(): return 'tiled','the operator chooses when it runs'
         return cuda.choose(q, k, v)
@@ -104,7 +160,12 @@ class Ran(NamedTuple):
     d:int           # channels of queries and keys
     dv:int          # channels of values
 
-_backend,_lists = 'auto',[]
+_backend,_max_bytes,_lists = 'auto',None,[]
+
+def _check_bytes(max_bytes, name):
+    if max_bytes is None: return
+    check_whole(tiles.LEAST, 'bytes', max_bytes=max_bytes)
+    if name == 'sdpa': raise ValueError("'sdpa' may hold nq x nk, as PyTorch chooses, whatever `max_bytes` is: use 'auto' or 'tiled'")
 
 # %% ../../nbs/api/attention/ops.ipynb #14d0f654
 @contextmanager
@@ -118,15 +179,17 @@ def listening()->Iterator[list[Ran]]: # gets a `Ran` for each call of `attend`; 
 @contextmanager
 def attention_backend(
     name:str='auto', # 'auto' chooses; 'math' holds nq x nk; 'tiled' never does; 'fused', 'flash': on CUDA; 'sdpa': as PyTorch chooses
+    max_bytes:int=None, # for the blocks of weights that are held at once, 16384 or more; None: as is fastest
 )->Iterator[list[Ran]]: # gets a `Ran` for each call of `attend`; nothing from inside compiled code
-    "`attend` computes with backend `name` inside the `with` block; `ValueError` on another name"
-    global _backend
+    "`attend` computes with backend `name` inside the `with` block; `ValueError` on another name or too few bytes"
+    global _backend,_max_bytes
     if name != 'auto' and name not in _backends:
         raise ValueError(f"`name` must be one of {', '.join(('auto', *_backends))}; got {name!r}")
-    before,_backend = _backend,name
+    _check_bytes(max_bytes, name)
+    before,_backend,_max_bytes = (_backend,_max_bytes),name,max_bytes
     try:
         with listening() as ran: yield ran
-    finally: _backend = before
+    finally: _backend,_max_bytes = before
 
 # %% ../../nbs/api/attention/ops.ipynb #3bfa46b8
 def _check(**tensors):
@@ -155,13 +218,18 @@ def attend(
     k:Tensor, # (bs, nk, d) key vectors
     v:Tensor, # (bs, nk, dv) value vectors
     scale:float=1., # factor on the logits `q @ k.mT`; SAGAN has none
+    max_bytes:int=None, # for the blocks of weights that are held at once, 16384 or more; None: what `attention_backend` says
 )->Tensor: # (bs, nq, dv) in the dtype of the inputs; logits and sums are float32 at least
     "Exact softmax attention, of large maps without ever holding nq x nk; `TypeError`/`ValueError` on unfit inputs (SAGAN, eq. 1)"
+    if max_bytes is not None:
+        with attention_backend(_backend, max_bytes): return attend(q, k, v, scale)
     q,k,v = _check(q=q, k=k, v=v)
     name,why = _choose(q, k, v)
     if _lists and not torch.compiler.is_compiling():
         for ran in _lists: ran.append(Ran(name, why, str(q.device), v.dtype, *q.shape[:2], k.shape[1], q.shape[2], v.shape[2]))
-    with torch.autocast(q.device.type, enabled=False): return _backends[name](q, k, v, float(scale))
+    compute = _recorded if why is RECORDED else _backends[name]
+    if why is RECORDED and not torch.is_autocast_enabled(q.device.type): return compute(q, k, v, float(scale))     # nothing to record
+    with torch.autocast(q.device.type, enabled=False): return compute(q, k, v, float(scale))
 
 # %% ../../nbs/api/attention/ops.ipynb #112c4400
 def dot_attend(

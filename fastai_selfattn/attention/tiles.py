@@ -17,13 +17,21 @@ from torch.autograd import Function
 # %% ../../nbs/api/attention/tiles.ipynb #bb430b5e
 ROWS,COLS = 1024,512     # of a tile on a CPU
 
-def tile(bs, rows, cols, most=None):
-    "Images, rows and columns of one tile of `bs` maps of rows x cols"
+def tile(bs, rows, cols, most=None, budget=math.inf):
+    "Images, rows and columns of one tile of `bs` maps of rows x cols, `budget` weights at most"
     most_rows,most_cols = most or (ROWS,COLS)
-    area = most_rows*most_cols
-    if rows*cols <= 2*area: return max(1, min(bs, 4*area // max(1, rows*cols))),max(1, rows),cols
+    area,rows = min(most_rows*most_cols, budget),max(1, rows)
+    if rows*cols <= min(2*area, budget): return max(1, min(bs, min(4*area, budget) // max(1, rows*cols))),rows,cols
+    if area < most_rows*most_cols: most_cols = min(most_cols, max(math.isqrt(area), area//rows))     # square, if there are rows enough
     cols = min(cols, most_cols)
     return 1,min(rows, area//cols),cols
+
+# %% ../../nbs/api/attention/tiles.ipynb #f0fce5c1
+LEAST = 2**14     # bytes: tiles of 64 x 64 and of 45 x 45, below which a step is mostly its own beginning
+
+def budget(t, max_bytes, blocks):
+    "How many weights, numbers like those of `t`, each of `blocks` blocks may hold"
+    return math.inf if max_bytes is None else max_bytes//(blocks*t.element_size())
 
 # %% ../../nbs/api/attention/tiles.ipynb #d5b9d8df
 LOG2E,_SAFE = math.log2(math.e),100.
@@ -76,14 +84,20 @@ def _accumulate(acc, a, b, first):
     else: torch.bmm(b.mT, a.mT, out=acc.mT)
 
 # %% ../../nbs/api/attention/tiles.ipynb #03cffd04
-def forward_tiles(q, k, v, scale):
+watchers = []     # functions that get the share of a forward walk that is done, for progress bars
+
+def _tell(share):
+    for f in watchers: f(share)
+
+def forward_tiles(q, k, v, scale, max_bytes=None):
     "Output (bs, nq, dv) and log-sum-exp (bs, nq, 1), base 2 and of centred keys, tile by tile"
     dtype,o = v.dtype,_rows_like(v, q.shape[1], precise(v))
     q,k,v = _prepare(q, k, v, scale)
     lse = q.new_empty(*q.shape[:2], 1)
     safe = _safe_rows(q, k, v) if on_cpu(q) else lse     # elsewhere not looked at
-    tb,tr,tc = size = tile(q.shape[0], q.shape[1], k.shape[1], most(q))
+    tb,tr,tc = size = tile(q.shape[0], q.shape[1], k.shape[1], most(q), budget(q, max_bytes, 1))
     block = q.new_empty(math.prod(size))     # the memory of every tile, one after the other
+    n_rows,n_done = q[...,0].numel(),0
     for qb,kb,vb,ob,lseb,safeb in steps(0, tb, q, k.mT, v.mT, o, lse, safe):     # b: some images
         tiles = list(steps(2, tc, kb, vb))
         for qt,ot,lset,safet in steps(1, tr, qb, ob, lseb, safeb):     # t: some of their query pixels, below with some keys
@@ -102,18 +116,20 @@ def forward_tiles(q, k, v, scale):
             torch.div(acc, total, out=ot)
             torch.log2(total, out=lset)
             if top is not None: lset.add_(top)     # `total` was of 2^(logit-top)
+            n_done += lset.numel()
+            _tell(n_done/n_rows)
     return o.to(dtype),lse
 
 @torch.library.custom_op('fastai_selfattn::attend', mutates_args=())
-def attend_op(q:Tensor, k:Tensor, v:Tensor, scale:float)->tuple[Tensor,Tensor]:
+def attend_op(q:Tensor, k:Tensor, v:Tensor, scale:float, max_bytes:int|None=None)->tuple[Tensor,Tensor]:
     "`forward_tiles`, for PyTorch"
-    return forward_tiles(q, k, v, scale)
+    return forward_tiles(q, k, v, scale, max_bytes)
 
 @attend_op.register_fake
-def _(q, k, v, scale): return _rows_like(v, q.shape[1]),q.new_empty(*q.shape[:2], 1, dtype=precise(q))
+def _(q, k, v, scale, max_bytes=None): return _rows_like(v, q.shape[1]),q.new_empty(*q.shape[:2], 1, dtype=precise(q))
 
 # %% ../../nbs/api/attention/tiles.ipynb #f77e85c8
-def backward_tiles(q, k, v, o, lse, do, scale):
+def backward_tiles(q, k, v, o, lse, do, scale, max_bytes=None):
     "Gradients of `q`, `k` and `v`, tile by tile, `beta` recomputed from `lse`"
     dtypes,dv = (q.dtype,k.dtype,v.dtype),_rows_like(v, v.shape[1], precise(v))
     q,k,v = _prepare(q, k, v, scale)
@@ -123,7 +139,7 @@ def backward_tiles(q, k, v, o, lse, do, scale):
     dk = torch.empty_like(k.mT, memory_format=torch.contiguous_format)
     k1 = torch.cat([k, torch.ones_like(k[...,:1])], 2)
     q1 = torch.cat([q.mT, -lse.mT], 1)     # so `k1 @ q1` is the logits, `lse` taken off: the log of `beta`, keys as rows
-    tb,tr,tc = size = tile(q.shape[0], k.shape[1], q.shape[1], most(q))
+    tb,tr,tc = size = tile(q.shape[0], k.shape[1], q.shape[1], most(q), budget(q, max_bytes, 2))
     block_p,block_ds = q.new_empty(2, math.prod(size))
     for q1b,dob,deltab,dqb,k1b,kb,vb,dkb,dvb in steps(0, tb, q1, do.mT, delta, dq, k1, k.mT.contiguous(), v, dk, dv):
         tiles = list(steps(2, tc, q1b, dob, deltab, dqb))
@@ -142,24 +158,26 @@ def backward_tiles(q, k, v, o, lse, do, scale):
     return tuple(t.to(dtype) for t,dtype in zip((dq, dk, dv), dtypes))
 
 @torch.library.custom_op('fastai_selfattn::attend_grad', mutates_args=())
-def grad_op(q:Tensor, k:Tensor, v:Tensor, o:Tensor, lse:Tensor, do:Tensor, scale:float)->tuple[Tensor,Tensor,Tensor]:
+def grad_op(q:Tensor, k:Tensor, v:Tensor, o:Tensor, lse:Tensor, do:Tensor, scale:float, max_bytes:int|None=None
+           )->tuple[Tensor,Tensor,Tensor]:
     "`backward_tiles`, for PyTorch"
-    return backward_tiles(q, k, v, o, lse, do, scale)
+    return backward_tiles(q, k, v, o, lse, do, scale, max_bytes)
 
 @grad_op.register_fake
-def _(q, k, v, o, lse, do, scale):
+def _(q, k, v, o, lse, do, scale, max_bytes=None):
     def columns(t): return torch.empty_like(t.mT, memory_format=torch.contiguous_format).mT
     dq,dk = (columns(t) if on_cpu(t) else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q,k))
     return dq,dk,_rows_like(v, v.shape[1])
 
 # %% ../../nbs/api/attention/tiles.ipynb #e19cc4dd
-def grad_grad(q, k, v, do, gq, gk, gv, scale):
+def grad_grad(q, k, v, do, gq, gk, gv, scale, max_bytes=None):
     "Gradients of `q`, `k`, `v` and `do` from those of the outputs of `grad_op`"
     dtypes = [t.dtype for t in (q,k,v,do)]
     q,k,v,do,gq,gk,gv = (t.to(precise(t)) for t in (q,k,v,do,gq,gk,gv))
     dq,dk,dv,ddo = [],0,0,[]
     n_rows = ROWS*COLS//k.shape[1] if on_cpu(q) else 2**24//(max(1, len(k))*k.shape[1])     # elsewhere few steps, of at most 64 MiB
-    for qt,dot,gqt in steps(1, max(1, n_rows), q, do, gq):
+    n_rows = min(n_rows, budget(q, max_bytes, 12)//(max(1, len(k))*k.shape[1]))     # as many arrays are alive below
+    for qt,dot,gqt in steps(1, int(max(1, n_rows)), q, do, gq):
         p = (scale*(qt@k.mT)).softmax(-1)
         dp = dot@v.mT
         a = scale*(gqt@k.mT + qt@gk.mT)     # what reaches `ds`, through dQ = dS K and dK = dS^T Q
@@ -184,20 +202,20 @@ def _fold(apply, info, in_dims, args):
     return tuple(t.unflatten(0, (info.batch_size,-1)) for t in out),(0,)*len(out)
 
 class Attend(Function):
-    forward = staticmethod(lambda q, k, v, scale: attend_op(q, k, v, scale))
+    forward = staticmethod(lambda *args: attend_op(*args))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *qkv,ctx.scale = inputs
+        *qkv,ctx.scale,ctx.max_bytes = inputs
         ctx.save_for_backward(*qkv, *output)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx, do, _):
-        args = *ctx.saved_tensors,do,ctx.scale
+        args = *ctx.saved_tensors,do,ctx.scale,ctx.max_bytes
         # A compiled backward pass has no backward pass of its own, and PyTorch 2.14 fails on a `Function` inside another's.
         grads = grad_op(*args) if torch.compiler.is_compiling() else AttendGrad.apply(*args)
-        return *grads,None
+        return *grads,None,None
 
     @staticmethod
     def vmap(info, in_dims, *args): return _fold(Attend.apply, info, in_dims, args)
@@ -207,13 +225,13 @@ class AttendGrad(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q,k,v,o,lse,do,ctx.scale = inputs
+        q,k,v,o,lse,do,ctx.scale,ctx.max_bytes = inputs
         ctx.save_for_backward(q, k, v, do)
 
     @staticmethod
     def backward(ctx, *grads):
-        dq,dk,dv,ddo = grad_grad(*ctx.saved_tensors, *grads, ctx.scale)
-        return dq,dk,dv,None,None,ddo,None
+        dq,dk,dv,ddo = grad_grad(*ctx.saved_tensors, *grads, ctx.scale, ctx.max_bytes)
+        return dq,dk,dv,None,None,ddo,None,None
 
     @staticmethod
     def vmap(info, in_dims, *args): return _fold(AttendGrad.apply, info, in_dims, args)

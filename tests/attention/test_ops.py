@@ -504,3 +504,77 @@ def test_one_long_key_among_short_ones():
     with attention_backend('tiled'): got = attend(q, k, v)
     assert got.isfinite().all()
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('max_bytes', [tiles.LEAST, 20_011, 100_003, 2**20, 2**40])
+@pytest.mark.parametrize('bs,nq,nk,d,dv', [(1, 700, 613, 3, 5), (5, 61, 67, 4, 3), (2, 3, 1999, 2, 7)])
+def test_any_budget_is_exact_and_kept(monkeypatch, max_bytes, bs, nq, nk, d, dv):
+    sizes = []
+    def spy(*args, f=tiles.tile, **kwargs):
+        sizes.append(math.prod(size := f(*args, **kwargs)))
+        return size
+    monkeypatch.setattr(tiles, 'tile', spy)
+    compare(inputs(bs, nq, nk, d, dv), .7, 1e-10, lambda *qkvs: attend(*qkvs, max_bytes=max_bytes))
+    most = max_bytes//8     # float64
+    if not sizes: return     # few enough weights for the formula
+    forward, backward = sizes
+    assert forward <= most and 2*backward <= most
+    assert max_bytes == 2**40 or forward >= min(most, bs*nq*nk, 2**19)/4     # and made use of
+
+def test_a_budget_reaches_backward_passes_that_run_later():
+    q, k, v = inputs(1, 2100, 2000, 4, 4, torch.float32)
+    for max_bytes in (2**16, 2**18):
+        with attention_backend(max_bytes=max_bytes) as ran: o = attend(q, k, v)
+        with Largest() as largest: o.square().sum().backward()
+        assert ran[0].backend == 'tiled' and ops._max_bytes is None
+        assert largest.numel*4 <= max(max_bytes, 2100*5*4), largest.numel
+
+def test_second_derivatives_keep_to_a_budget(monkeypatch):
+    rows = []
+    monkeypatch.setattr(tiles, 'steps', lambda dim, size, *ts, f=tiles.steps: rows.append(size) or f(dim, size, *ts))
+    qkv, got = inputs(2, 90, 80, 3, 4), []
+    for max_bytes in (None, 2**19):
+        with attention_backend('tiled', max_bytes): o = attend(*qkv)
+        g, = torch.autograd.grad(o.square().sum(), qkv[0], create_graph=True)
+        rows.clear()
+        got.append(torch.autograd.grad(g.square().sum(), qkv))
+    assert rows[0] == 2**19//8//12//(2*80)
+    for a, b in zip(*got): assert rel(a, b) < 1e-10
+
+def test_a_budget_forbids_the_formula():
+    q, k, v = inputs(1, 100, 100, 3, 64, torch.float32)
+    formula = 4*100*100*4
+    for max_bytes, name in ((formula, 'math'), (formula-1, 'tiled')):
+        with attention_backend(max_bytes=max_bytes) as ran: attend(q, k, v)
+        assert ran[0].backend == name and (name == 'math' or f'needs {formula:,} bytes, `max_bytes` is {max_bytes:,}' in ran[0].why)
+    with attention_backend('math', formula): attend(q, k, v)
+    with attention_backend('math', formula-1), pytest.raises(ValueError, match=f'needs {formula:,} bytes'): attend(q, k, v)
+
+@pytest.mark.parametrize('max_bytes,error', [(tiles.LEAST-1, ValueError), (-1, ValueError), (2.**20, TypeError), (True, TypeError), ('1 GiB', TypeError)])
+def test_budgets_that_cannot_be(max_bytes, error):
+    qkv = inputs(1, 5, 7, 3, 4)
+    with pytest.raises(error, match='16384 or more bytes'): attend(*qkv, max_bytes=max_bytes)
+    with pytest.raises(error, match='16384 or more bytes'):
+        with attention_backend(max_bytes=max_bytes): pass
+    with pytest.raises(ValueError, match="use 'auto' or 'tiled'"):
+        with attention_backend('sdpa', 2**20): pass
+    assert (ops._backend, ops._max_bytes, ops._lists) == ('auto', None, [])
+
+def test_budgets_nest():
+    with attention_backend('tiled', 2**20):
+        with pytest.raises(ZeroDivisionError), attention_backend(max_bytes=2**17): 1/0
+        assert (ops._backend, ops._max_bytes) == ('tiled', 2**20)
+        attend(*inputs(1, 5, 7, 3, 4), max_bytes=2**15)
+        assert (ops._backend, ops._max_bytes) == ('tiled', 2**20)
+
+def test_a_budget_in_compiled_code():
+    "Its number is a constant of the graph, and another one is compiled anew"
+    q, k, v = inputs(2, 530, 570, 3, 4, torch.float32)
+    f = torch.compile(lambda *a: attend(*a).square().sum(), backend='aot_eager', fullgraph=True)
+    sizes = []
+    for max_bytes in (2**15, 2**16, None):
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(tiles, 'tile', lambda *a, f=tiles.tile, **kw: sizes.append(f(*a, **kw)) or sizes[-1])
+            with attention_backend(max_bytes=max_bytes): loss = f(q, k, v)
+            loss.backward()
+    assert [math.prod(s) for s in sizes] == [90*91, 64*64, 128*128, 90*91, 2*530*570, 2*570*530]

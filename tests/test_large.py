@@ -1,0 +1,175 @@
+"A picture predicted by windows is predicted as a whole is, in the memory that was stated."
+import numpy as np
+import fastai.callback.all  # noqa: F401
+import fastai.layers
+import pytest, torch
+from conftest import named
+from fastai.data.core import DataLoaders
+from fastai.data.transforms import Normalize
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader as TorchLoader
+
+import fastai_selfattn.large as large
+from fastai_selfattn.attention.layers import PooledSelfAttention2d, SelfAttention
+from fastai_selfattn.export import Deployed
+from fastai_selfattn.large import Peak, predict_large
+from fastai_selfattn.placement.unet import unet_learner
+from fastai_selfattn.walls.data import rooms_dls
+from fastai_selfattn.walls.train import small_encoder
+
+class Net(nn.Module):
+    "Halves the map, attends, halves, attends, doubles twice, with a skip; it sees more to the left than to the right"
+    def __init__(self, *more):
+        super().__init__()
+        self.down, self.first = nn.Conv2d(3, 6, 4, 2, 1), SelfAttention(6, 2, gamma=.9)
+        self.second = nn.Sequential(nn.MaxPool2d(2), nn.ReplicationPad2d((2, 0, 1, 0)), nn.Conv2d(6, 8, (2, 3)), PooledSelfAttention2d(8, 2, gamma=-.8))
+        self.up, self.more = nn.Upsample(scale_factor=2), nn.Sequential(*more)
+        self.last = nn.Sequential(nn.Conv2d(14, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.PixelShuffle(2), nn.Conv2d(2, 3, 3, padding=1))
+
+    def forward(self, x):
+        x = self.first(self.down(x)).relu()
+        return self.last(torch.cat([x, self.more(self.up(self.second(x)))], 1))
+
+def learner(net=None, loss=None):
+    torch.manual_seed(4)
+    dl = TorchLoader([(torch.rand(3, 8, 8), torch.zeros(8, 8, dtype=torch.long))]*2, 2)
+    net = net or Net()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d): nn.init.uniform_(m.running_mean), nn.init.uniform_(m.running_var, .5, 2)
+    return Learner(DataLoaders(dl, dl), net, loss_func=loss or CrossEntropyLossFlat(axis=1))
+
+def picture(h, w, dtype=torch.float32):
+    g = torch.Generator().manual_seed(3)
+    return torch.rand(3, h, w, generator=g) if dtype == torch.float32 else torch.randint(0, 256, (3, h, w), generator=g, dtype=dtype)
+
+def whole(learn, x, output='probs'):
+    with torch.no_grad(): return Deployed(learn, output)(x[None])[0]
+
+@pytest.mark.parametrize('output', ['probs', 'classes', 'raw'])
+@pytest.mark.parametrize('width', [12, 20, 96])
+def test_windows_are_exact(monkeypatch, width, output):
+    learn, x, widths = learner(), picture(44, 92), []
+    monkeypatch.setattr(large, '_fit', lambda *args: widths.append(width) or (width, 2**20))
+    got = predict_large(learn, x, output=output, progress=False)
+    assert widths and got.shape == ((44, 92) if output == 'classes' else (3, 44, 92))
+    torch.testing.assert_close(got, whole(learn, x, output), atol=2e-6, rtol=1e-5)
+
+def test_a_smaller_margin_is_not_exact(monkeypatch):
+    learn, x = learner(), picture(44, 92)
+    look = large._look(Deployed(learn).model, 3)
+    monkeypatch.setattr(large, '_fit', lambda *args: (12, 2**20))
+    def off(margin):
+        monkeypatch.setattr(large, '_look', lambda model, c, f=large._look: f(model, c)._replace(margin=margin))
+        try: return (predict_large(learn, x, progress=False)-whole(learn, x)).abs().max()
+        finally: monkeypatch.undo(), monkeypatch.setattr(large, '_fit', lambda *args: (12, 2**20))
+    assert look.unit == 4 and off(look.margin) < 2e-6 < 1e-4 < off(look.margin//4)
+
+@pytest.mark.parametrize('where', ['decoder.0', ['encoder.2', 'decoder.1']], ids=named)
+def test_a_unet_is_exact_and_stays_within_memory(where):
+    torch.manual_seed(3)
+    learn = unet_learner(rooms_dls(4, 32, bs=2), small_encoder, pretrained=False, self_attention=where, gamma=1., n_out=2)
+    x, most = picture(128, 2048), 90_000_000
+    with Peak() as a_whole: want = whole(learn, x)
+    with Peak() as windows: got = predict_large(learn, x, most, progress=False)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    weights = sum(p.numel()*4 for p in learn.model.parameters())
+    assert windows.most <= most + 2*weights < a_whole.most     # a copy, and the baked weights
+
+def test_a_layer_is_what_counts_where_the_map_is_wide():
+    learn, x = learner(nn.Sequential(SelfAttention(3, 1, gamma=.5), nn.Conv2d(3, 2, 1))), picture(48, 80)
+    with pytest.raises(ValueError, match='at least ([0-9,]+) bytes') as e: predict_large(learn, x, 100_000, progress=False)
+    least = int(e.value.args[0].split('at least ')[1].split()[0].replace(',', ''))
+    with pytest.raises(ValueError, match='at least'): predict_large(learn, x, least-20_000, progress=False)
+    with Peak() as peak: assert predict_large(learn, x, least+20_000, progress=False).shape == (2, 48, 80)
+    assert least/3 < peak.most < least+20_000
+
+def test_sides_that_are_no_multiple_are_extended_and_cut():
+    learn, x = learner(), picture(43, 90)
+    got = predict_large(learn, x, progress=False)
+    assert got.shape == (3, 43, 90)
+    torch.testing.assert_close(got, whole(learn, nn.functional.pad(x[None], (0, 2, 0, 1), mode='replicate')[0])[:, :43, :90], atol=2e-6, rtol=1e-5)
+
+def test_files_images_and_bytes(tmp_path):
+    learn, x = learner(), picture(24, 36, torch.uint8)
+    image = Image.fromarray(np.ascontiguousarray(x.permute(1, 2, 0).numpy()))
+    image.save(tmp_path/'room.png')
+    want = whole(learn, x/255)
+    for given in (x, x/255, image, tmp_path/'room.png', str(tmp_path/'room.png')):
+        torch.testing.assert_close(predict_large(learn, given, progress=False), want, atol=2e-6, rtol=1e-5)
+
+def test_normalisation_is_inside():
+    learn = learner()
+    learn.dls.after_batch = type('Pipe', (), dict(fs=[Normalize.from_stats([.2, .3, .4], [.5, .6, .7], cuda=False)]))()
+    x = picture(24, 36)
+    got, without = predict_large(learn, x, progress=False), predict_large(learner(), x, progress=False)
+    torch.testing.assert_close(got, whole(learn, x), atol=2e-6, rtol=1e-5)
+    assert (got-without).abs().max() > .01
+
+@pytest.mark.parametrize('net,reach', [(nn.Conv2d(3, 2, 3, padding=1), 1), (nn.Conv2d(3, 2, (1, 7), padding=(0, 3)), 3), (nn.Conv2d(3, 2, (9, 1), padding=(4, 0)), 4),
+    (nn.Sequential(nn.Conv2d(3, 2, 3, padding=5, dilation=5), nn.Conv2d(2, 2, 3, padding=1)), 6), (nn.Sequential(nn.ReplicationPad2d((3, 0, 0, 0)), nn.Conv2d(3, 2, (1, 4))), 3), (nn.Identity(), 0)], ids=named)
+def test_reach(net, reach): assert max(large._reach(net, 4, 3, dim) for dim in (2, 3)) == reach
+
+def test_the_learner_and_random_numbers_stay_as_they_were():
+    learn = learner().to_fp32() if hasattr(Learner, 'to_fp32') else learner()
+    learn.model.train()
+    before, state = {k: v.clone() for k, v in learn.model.state_dict().items()}, torch.get_rng_state()
+    predict_large(learn, picture(24, 36), progress=False)
+    assert torch.get_rng_state().equal(state) and learn.model.training
+    assert all(v.equal(before[k]) for k, v in learn.model.state_dict().items()) and 'forward' not in vars(learn.model.first)
+
+class Mean(nn.Module):
+    def forward(self, x): return x - x.mean((2, 3), keepdim=True)
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = SelfAttention(3, 1)
+    def forward(self, x): return self.layer(self.layer(x))
+
+@pytest.mark.parametrize('net,says', [(Net(Mean()), 'windows cannot be exact'), (Net(nn.InstanceNorm2d(8)), 'windows cannot be exact'),
+    (nn.Sequential(nn.AdaptiveAvgPool2d(1), SelfAttention(3, 1), nn.Upsample(256)), 'windows cannot be exact'), (Twice(), 'layer runs more than once'),
+    (nn.Sequential(nn.Conv2d(3, 8, 1), fastai.layers.SelfAttention(8)), 'learn.upgrade_attention'), (nn.Sequential(nn.Conv2d(3, 8, 1)), 'no attention layer'),
+    (nn.Sequential(SelfAttention(3, 1), nn.Conv2d(3, 2, 1, 2)), "map of the picture's size")], ids=lambda v: v if isinstance(v, str) else '')
+def test_models_that_cannot_be(net, says):
+    with pytest.raises(ValueError, match=says): predict_large(learner(net), picture(24, 36), progress=False)
+
+@pytest.mark.parametrize('given,error,says', [(torch.rand(1, 3, 8, 8), ValueError, r'must be \(c, h, w\)'), (torch.rand(3, 0, 8), ValueError, r'must be \(c, h, w\)'),
+    (torch.rand(3, 8, 8).double(), TypeError, 'float32'), (np.zeros((8, 8, 3)), TypeError, 'ndarray')], ids=['batch', 'empty', 'double', 'array'])
+def test_pictures_that_cannot_be(given, error, says):
+    with pytest.raises(error, match=says): predict_large(learner(), given, progress=False)
+
+def test_too_few_bytes():
+    for n, error in ((1000, ValueError), (1e9, TypeError)):
+        with pytest.raises(error, match='16384 or more bytes'): predict_large(learner(), picture(24, 36), n)
+
+class Bar:
+    def __init__(self, gen, **kwargs): self.n, self.steps, self.comment, self.stopped = len(gen), [], '', False
+    def update(self, i): self.steps.append((i, self.comment))
+    def on_interrupt(self): self.stopped = True
+
+def test_the_bar_moves_during_attention_too(monkeypatch):
+    bars = []
+    monkeypatch.setattr(large, 'progress_bar', lambda *args, **kwargs: bars.append(Bar(*args, **kwargs)) or bars[-1])
+    monkeypatch.setattr(large, 'IN_NOTEBOOK', True)
+    predict_large(learner(), picture(64, 96), 9_000_000)
+    bar, = bars
+    at, names = zip(*bar.steps)
+    assert list(at) == sorted(at) and at[0] == 0 and at[-1] == bar.n == 500
+    assert list(dict.fromkeys(names)) == ['windows up to first', 'attention of first', 'windows up to second.3', 'attention of second.3', 'windows to the prediction', '']
+    assert len({i for i, name in bar.steps if name == 'attention of first'}) > 2
+    assert not large.tiles.watchers
+    predict_large(learner(), picture(24, 36), progress=False)
+    assert len(bars) == 1
+
+def test_ctrl_c_leaves_nothing(monkeypatch):
+    bars = []
+    monkeypatch.setattr(large, 'progress_bar', lambda *args, **kwargs: bars.append(Bar(*args, **kwargs)) or bars[-1])
+    monkeypatch.setattr(large, 'IN_NOTEBOOK', True)
+    def stop(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(Bar, 'update', stop)
+    with pytest.raises(KeyboardInterrupt): predict_large(learner(), picture(24, 36))
+    from fastai_selfattn.attention import ops
+    assert bars[0].stopped and not large.tiles.watchers and ops._max_bytes is None
