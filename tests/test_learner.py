@@ -228,7 +228,7 @@ def test_a_classifier_and_one_picture(rooms):
 
 # What functions in `all` give: documented where they are made, and never called by a user
 GIVEN = {'AttentionEffect', 'AttentionStats', 'AttentionStatus', 'Deployed', 'Explorer', 'Place', 'Ran', 'ReceptiveField', 'Site', 'Sites', 'Turned', 'Upgrade'}
-WINGS = [m.name for m in pkgutil.walk_packages(package.__path__, 'fastai_selfattn.') if re.search(r'\.(attention|placement|seeing|compare|export|quiet)\b', m.name)]
+WINGS = [m.name for m in pkgutil.walk_packages(package.__path__, 'fastai_selfattn.') if re.search(r'\.(attention|placement|seeing|compare|export|large|quiet)\b', m.name)]
 
 @pytest.mark.parametrize('module', WINGS)
 def test_every_public_name_is_in_all(module):

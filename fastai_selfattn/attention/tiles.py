@@ -97,7 +97,7 @@ def forward_tiles(q, k, v, scale, max_bytes=None):
     safe = _safe_rows(q, k, v) if on_cpu(q) else lse     # elsewhere not looked at
     tb,tr,tc = size = tile(q.shape[0], q.shape[1], k.shape[1], most(q), budget(q, max_bytes, 1))
     block = q.new_empty(math.prod(size))     # the memory of every tile, one after the other
-    n_rows,n_done = q[...,0].numel(),0
+    n_rows,n_done = max(1, len(q)*q.shape[1]),0
     for qb,kb,vb,ob,lseb,safeb in steps(0, tb, q, k.mT, v.mT, o, lse, safe):     # b: some images
         tiles = list(steps(2, tc, kb, vb))
         for qt,ot,lset,safet in steps(1, tr, qb, ob, lseb, safeb):     # t: some of their query pixels, below with some keys

@@ -57,9 +57,7 @@ def _find_arch(name):
     raise ValueError(f"unknown --arch {name}" + (f": did you mean {', '.join(close)}?" if close else f": there are {', '.join(archs)}"))
 
 # %% ../../nbs/api/walls/commands.ipynb #14cb5809
-def _walls_parser():
-    p = CommandParser(prog='selfattn-walls', description="Train a U-Net with self-attention to find the walls in pictures of rooms, "
-                "and write a folder with the model, figures and pictures.")
+def _data_options(p):
     p.add_argument('--data', type=Path, metavar='DIR',
                    help="folder with images/ and masks/ (or labels/, annotations/), matched by file stem; rooms are made if not given")
     p.add_argument('--wall-code', type=at_least(0), metavar='N',
@@ -70,6 +68,11 @@ def _walls_parser():
     p.add_argument('--n-rooms', type=at_least(4), metavar='N', help=f"rooms to make, without --data ({_N_ROOMS})")
     p.add_argument('--ambiguity', type=at_least(0, float), metavar='A',
                    help="0 to 1, for rooms that are made: how much of what tells furniture from walls is left out (0)")
+
+def _walls_parser():
+    p = CommandParser(prog='selfattn-walls', description="Train a U-Net with self-attention to find the walls in pictures of rooms, "
+                "and write a folder with the model, figures and pictures.")
+    _data_options(p)
     p.add_argument('--size', type=at_least(32), default=96, metavar='PIXELS', help="side that pictures are squeezed to (%(default)s)")
     p.add_argument('--epochs', type=at_least(1), default=12, metavar='N', help="times to go through the training pictures (%(default)s)")
     p.add_argument('--bs', type=at_least(2), default=8, metavar='N', help="pictures in a batch (%(default)s)")
@@ -88,6 +91,7 @@ def _walls_parser():
     p.add_argument('--out', type=Path, metavar='DIR', help="new folder for the results; walls-run-1, -2, ... if not given")
     return p
 
+# %% ../../nbs/api/walls/commands.ipynb #24f64836
 def _walls_args(argv):
     p = _walls_parser()
     args = p.parse_args(argv)
@@ -209,7 +213,8 @@ def _compare(args):
             made = '' if args.data else f'{args.n_rooms} rooms of seed {args.seed}, ambiguity {args.ambiguity:g}'
             if not args.data and not data.exists(): _make_items(args, out)
             walls_of_seed(0, str(data.resolve()), args.size, args.bs, **_how(args))
-        c = compare_walls(data, out, arch, args.seeds, args.size, args.bs, args.epochs, args.lr, args.gamma, args.pretrained, made=made, **_how(args))
+        training = args.size,args.bs,args.epochs,args.lr,args.gamma,args.pretrained
+        c = compare_walls(data, out, arch, args.seeds, *training, made=made, **_how(args))
     except ValueError as e: raise Failed(str(e), 2) from e
     except KeyboardInterrupt as e:
         on = f'; to go on, give the same command and --out {shlex.quote(str(out))}' if out and (out/'compare.json').exists() else ''
