@@ -52,7 +52,7 @@ RECORDED = 'what is exported must run without this package'
 def _scanned(q, k, v):
     from torch._higher_order_ops.scan import scan
     n = q.shape[1]
-    blocks = n//BLOCK + 1     # there is always something to fill up: an exported graph must not depend on whether there is
+    blocks = n//BLOCK + 2     # always something to fill up, and more than one: an exported graph must not depend on either
     q = F.pad(q, (0, 0, 0, blocks*BLOCK-n)).unflatten(1, (blocks,BLOCK)).movedim(1, 0)
     k,v = k.transpose(1, 2).clone(),v.clone()     # `scan` takes no two views of one tensor
     def step(nothing, rows): return nothing.clone(),(rows@k).softmax(-1)@v
