@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
+from fastai.data.core import Datasets
 from fastai.layers import ConvLayer, NormType, ResBlock
 from fastai.learner import Learner, load_learner
 from fastai.optimizer import SGD, Adam, ranger
@@ -78,9 +77,11 @@ X = torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(9))
 
 def mean_square(out, y): return (out.float().mean((1, 2, 3))-y.float()).square().mean()
 
-def loaders():
-    data = [(X[i%2]+i, i%2) for i in range(4)]
-    return DataLoaders(*(DataLoader(data, bs=2, num_workers=0) for _ in range(2)))
+def picture(i): return X[i%2]+i
+
+def number(i): return i%2
+
+def loaders(): return Datasets(range(4), [[picture], [number]], splits=[[*range(4)], [0, 1]]).dataloaders(bs=2, num_workers=0, device=torch.device('cpu'))
 
 
 # --- what there is, read without the package's help where that can be
@@ -91,7 +92,7 @@ def equal(a, b): return list(a) == list(b) and all(v.dtype == b[k].dtype and tor
 
 def plain_state(model):
     "The state dict of `model` as it would be without inserted attention; its keys sorted"
-    inserted = {p:m for p,m in model.named_modules() if hasattr(m, 'attention_place')}
+    inserted = {p:m for p,m in model.named_modules(remove_duplicate=False) if hasattr(m, 'attention_place')}
     found = {k:v for k,v in state(model).items() if not any(k.startswith(f'{p}.') for p in inserted)}
     for m in inserted.values():
         for old in m.attention_place.old: found |= {f'{m.attention_place.site.path}.{k}':v for k,v in state(old).items()}
@@ -256,7 +257,9 @@ class Endurance(RuleBasedStateMachine):
         paths = data.draw(st.one_of(st.none(), st.lists(st.sampled_from(sorted(self.placed)), min_size=1, max_size=3, unique=True)))
         gone = self.tries('remove', self.learn.remove_attention, paths)
         assert gone is not None and {*gone} == {*(paths or self.placed)}, f'{paths} and not {gone}'
-        for p in gone: del self.placed[p]
+        dtype = next(self.model.parameters()).dtype
+        back = tuple(f'{p}.' for p in gone if self.placed.pop(p) == 'replace')     # in the precision that the model has by now
+        self.numbers = {k:v.to(dtype) if v.is_floating_point() and k.startswith(back) else v for k,v in self.numbers.items()}
         self.came()
 
     @precondition(lambda self: self.placed)
@@ -394,6 +397,8 @@ class Endurance(RuleBasedStateMachine):
 
     @rule()
     def deepcopy(self):
+        self.learn.dls = loaders()     # after an epoch that broke off fastai holds a generator, and a batch with its graph
+        for name in ('dl','xb','yb','x','y','pred','loss','loss_grad'): vars(self.learn).pop(name, None)
         if self.learn.opt: self.learn.opt.zero_grad()
         self.goes_on_as(copy.deepcopy(self.learn), 'deepcopy')
 
