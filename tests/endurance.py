@@ -19,11 +19,13 @@ from fastai.optimizer import SGD, Adam, ranger
 from fastai.torch_core import params
 from hypothesis import note, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from formulas import written_out
 from torch import Tensor, nn
 
 import fastai_selfattn.learner  # noqa: F401  patches `Learner`
 from fastai_selfattn.attention.kinds import attention_layers, attention_off, attention_status
 from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention, fuse_attention
+from fastai_selfattn.attention.ops import attend, attention_backend
 from fastai_selfattn.placement.keep import load_attention, save_attention
 from fastai_selfattn.placement.only import OnlyAttention
 from fastai_selfattn.placement.optim import AttentionHooks, AttentionSplitter, inserted_layers
@@ -163,6 +165,89 @@ def quietly(f, *args, **kwargs):
 
 def fit(learn, n=1, **kwargs):
     with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-3, **kwargs)
+
+
+# --- layers and `attend` on any input
+
+DTYPES = {torch.float16:3e-2, torch.bfloat16:2e-1, torch.float32:2e-4, torch.float64:1e-9}     # with the largest error
+BACKENDS = 'auto','math','tiled','sdpa'
+STRANGE = float('nan'),float('inf'),-float('inf'),1e30,-3e38
+
+def laid(t, how):
+    "The same numbers, otherwise in memory"
+    if how == 'channels last': return t.movedim(1, -1).contiguous().movedim(-1, 1)
+    if how == 'sliced': return torch.stack([t, t], -1)[...,0]
+    if how == 'reversed': return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
+    return t
+
+LAYOUTS = st.sampled_from(['rows', 'channels last', 'sliced', 'reversed'])
+
+@st.composite
+def layer_cases(draw):
+    "Class, arguments, shape of the map, dtype, layout, backend, whether it trains, and a number for the second picture"
+    cls = draw(st.sampled_from([SelfAttention, PooledSelfAttention2d, PaperSelfAttention, SimpleSelfAttention]))
+    args = dict(norm_type=draw(st.sampled_from([NormType.Spectral, NormType.Weight, None])))
+    if cls is SimpleSelfAttention: args |= dict(sym=draw(st.booleans()))
+    else:
+        args |= dict(reduction=draw(st.integers(1, 9)), heads=draw(st.integers(1, 3)), unit=draw(st.booleans()), gamma=draw(st.sampled_from([.7, -1.9])))
+        if cls is not PooledSelfAttention2d: args |= dict(pool=draw(st.integers(1, 3)), softmax=draw(st.booleans()))
+    shape = draw(st.integers(0, 3)),draw(st.integers(1, 9)),*draw(st.lists(st.integers(0, 5), min_size=0, max_size=4))
+    return dict(cls=cls, args=args, shape=shape, dtype=draw(st.sampled_from([*DTYPES])), how=draw(LAYOUTS), backend=draw(st.sampled_from(BACKENDS)),
+                trains=draw(st.booleans()), strange=draw(st.sampled_from([None, *STRANGE])), seed=draw(st.integers(0, 99)))
+
+def fits_layer(cls, args, shape):
+    "Whether such a layer takes such a map, by what its page says"
+    if not 3 <= len(shape) <= 5 or 0 in shape[2:] or cls is PooledSelfAttention2d and len(shape) != 4: return False
+    d = max(1, shape[1]//args.get('reduction', 8))
+    dv = {PooledSelfAttention2d:max(1, shape[1]//2), PaperSelfAttention:d}.get(cls, shape[1])
+    return not d%args.get('heads', 1) and not dv%args.get('heads', 1)
+
+def check_layer(cls, args, shape, dtype, how, backend, trains, strange, seed):
+    "A layer gives what the formula gives, or refuses; a picture that is strange changes no other"
+    torch.manual_seed(seed)
+    try: layer = cls(shape[1], **args).to(dtype).train(trains)
+    except ValueError: return COUNTS.update(['layer: refused'])
+    nn.init.constant_(layer.gamma, .7)
+    x = torch.randn(shape).to(dtype)
+    if strange is not None and shape[0] > 1 and x[1].numel(): x[1].view(-1)[-1] = strange
+    x = laid(x, how)
+    try:
+        with attention_backend(backend): got = layer(x)
+    except (ValueError,TypeError):
+        assert not fits_layer(cls, args, shape)
+        return COUNTS.update(['layer: refused'])
+    assert fits_layer(cls, args, shape) and got.shape == x.shape and got.dtype == dtype
+    whole = [i for i in range(shape[0]) if i != 1 or strange is None]
+    want = written_out(copy.deepcopy(layer).double(), x.double())
+    assert not whole or (got.double()-want)[whole].abs().max() <= DTYPES[dtype]*(1+want[whole].abs().max())
+    COUNTS.update(['layer'])
+
+@st.composite
+def attend_cases(draw):
+    "Shapes from 0, also of several tiles, and how large numbers are"
+    few,many = st.integers(0, 4),st.sampled_from([0, 1, 2, 3, 7, 511, 513, 1025])
+    return dict(bs=draw(few), nq=draw(many), nk=draw(many), d=draw(few), dv=draw(few), dtype=draw(st.sampled_from([*DTYPES])), how=draw(LAYOUTS),
+                backend=draw(st.sampled_from(BACKENDS)), scale=draw(st.sampled_from([0., 1., -.7, 1e-30, 30.])), size=draw(st.sampled_from([1., 1e-20, 30.])),
+                seed=draw(st.integers(0, 99)))
+
+def check_attend(bs, nq, nk, d, dv, dtype, how, backend, scale, size, seed):
+    "`attend` gives what the formula in float64 gives, or refuses what has no pixel to attend to"
+    g = torch.Generator().manual_seed(seed)
+    q,k,v = (torch.randn(bs, n, c, generator=g, dtype=torch.float64) for n,c in ((nq,d), (nk,d), (nk,dv)))
+    q,k,v = (laid(t.to(dtype), how) for t in (q*size, k, v))
+    try:
+        with attention_backend(backend): got = attend(q, k, v, scale)
+    except ValueError:
+        assert nk == 0
+        return COUNTS.update(['attend: refused'])
+    logits = scale*(q.double() @ k.double().mT)
+    want = logits.softmax(-1) @ v.double()
+    assert nk and got.shape == want.shape and got.dtype == dtype
+    error = DTYPES[dtype]/10*(1+logits.abs().max() if logits.numel() else 1)     # a logit of 1000 has an error of a thousand roundings
+    assert not want.numel() or (got.double()-want).abs().max() <= error*(1+want.abs().max())
+    COUNTS.update(['attend'])
+
+FUZZED = dict(layer=(layer_cases(), check_layer), attend=(attend_cases(), check_attend))
 
 
 # --- calls that are wrong
