@@ -126,9 +126,10 @@ def files(folder): return {f.relative_to(folder).as_posix():f.read_bytes() for f
 def everything(learn, folder):
     "All that a call that fails, or only looks, must leave as it is"
     model = learn.model
+    tensors = *model.named_parameters(),*model.named_buffers()
     return dict(modules=[(n, id(m), m.training) for n,m in model.named_modules(remove_duplicate=False)], flags=flags(model),
-                tensors={k:(id(v),v._version) for k,v in (*model.named_parameters(), *model.named_buffers())}, numbers=plainly(state(model)),
-                hooks=hooks(model), places={n:m.attention_place.how for n,m in inserted_layers(model).items()}, callbacks=[id(cb) for cb in learn.cbs],
+                tensors={k:id(v) for k,v in tensors}, versions={k:v._version for k,v in tensors}, numbers=plainly(state(model)),
+                hooks=hooks(model), places={n:m.attention_place.how for n,m in inserted_layers(model).items()}, callbacks=[id(cb) for cb in learn.cbs], named=sorted(k for k,v in vars(learn).items() if isinstance(v, Callback)),
                 splitter=learn.splitter, opt=learn.opt and opt_state(learn.opt), files=files(folder),
                 on=[torch.is_grad_enabled(), torch.is_autocast_enabled('cpu')])
 
@@ -397,7 +398,7 @@ class Endurance(RuleBasedStateMachine):
 
     @rule(n=st.sampled_from([0, 1, -1]))
     def freeze_to(self, n):
-        if self.learn.opt: self.learn.opt.zero_grad()     # fastai steps with gradients that are left, also where it is frozen
+        for p in self.model.parameters(): p.grad = None     # fastai steps wherever there is a gradient, be it of zeros, also where it is frozen
         self.learn.freeze_to(n)
         self.flags = {name:self.trains(name) for name in flags(self.model)}
         self.did('freeze_to')

@@ -41,7 +41,7 @@ def test_a_few_sequences():
 # --- a failure at any call of a function of the package
 
 PACKAGE = str(Path(fastai_selfattn.__file__).parent)
-CLEANING = '_leave','_unhook','remove_quietly','__exit__'     # nothing can be put around what itself takes back
+CLEANING = '_leave','_unhook','_without','remove_quietly','__exit__'     # nothing can be put around what itself takes back
 
 class FailsAt:
     "The `at`-th call of a named function of the package raises; `calls` are those that were made, by module and function"
@@ -80,15 +80,11 @@ def switched_off(learn):
 
 def only(learn): learn.train_attention_only('block')
 
-def trained_only(learn):
-    quietly(only, learn)
-    return learn
-
 # what is done -> to a Learner with attention put in so, or without (None); by which function
 DONE = dict(insert=(None, lambda l: l.insert_attention(['block','same'])), replace=(None, lambda l: l.insert_attention('same', 'replace')),
             remove=('append', lambda l: l.remove_attention()), put_back=('replace', lambda l: l.remove_attention()),
             load=(None, lambda l: load_attention(l, l.path/'there.safetensors')), load_numbers=('append', lambda l: load_attention(l, l.path/'there.safetensors')),
-            save=('append', lambda l: save_attention(l, l.path/'there')), only=('append', only), all=('append', lambda l: l.train_all()),
+            save=('append', lambda l: save_attention(l, l.path/'before')), only=('append', only), only_again=('append', lambda l: l.train_attention_only('same')), all=('append', lambda l: l.train_all()),
             record=('append', recorded), off=('append', switched_off), effect=('append', lambda l: l.attention_effect()),
             sites=('append', lambda l: l.attention_sites()), status=('append', lambda l: repr(l.attention_status())),
             upgrade=('append', lambda l: l.upgrade_attention()), fuse=('append', lambda l: fuse_attention(l.model)))
@@ -100,13 +96,13 @@ def learners(tmp_path_factory):
     with torch.no_grad():
         other = copy.deepcopy(made['append'])
         for m in inserted_layers(other.model).values(): m.gamma.add_(1)
-    quietly(save_attention, other, path/'there')
+    for name in ('there','before'): quietly(save_attention, other, path/name)
     return made
 
 def prepared(learners, name):
     how,f = DONE[name]
     learn = copy.deepcopy(learners[how])
-    if name == 'all': quietly(only, learn)
+    if name in ('all','only_again'): quietly(only, learn)
     return learn,f
 
 def failures(learners, name):
@@ -122,6 +118,7 @@ def failures(learners, name):
             except Exception: pass
             else: continue     # it was no matter
         changed = differences(before, everything(learn, learn.path))
+        changed.pop('versions', None)     # what is put back counts as written to
         if changed: found[f'{at} {failing.calls[-1]}'] = changed
     return found,len(ends)
 

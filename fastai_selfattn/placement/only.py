@@ -9,6 +9,7 @@ __all__ = []
 
 # %% ../../nbs/api/placement/only.ipynb #c14b1b7b
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.learner import Learner
@@ -50,12 +51,20 @@ def train_attention_only(
     if getattr(learn, 'opt', None) and not trained <= {p for g in learn.opt.param_lists for p in g}:
         raise ValueError("the optimizer does not know all of the attention: put it in with `learn.insert_attention`, "
                          "or make a new optimizer with `learn.create_opt()`")
-    if any(isinstance(cb, OnlyAttention) for cb in learn.cbs): train_all(learn)
-    flags = {name:p.requires_grad for name,p in learn.model.named_parameters()}
-    learn.add_cb(cb := OnlyAttention(list(chosen), flags))
-    cb.before_fit()
-    n,total = (sum(p.numel() for p in ps) for ps in (trained, learn.model.parameters()))
-    print(f"Training {n:,} of {total:,} parameters ({n/total:.2%}): attention at {', '.join(layer_names(chosen).values())}")
+    with ExitStack() as undo:
+        for p in learn.model.parameters(): undo.callback(p.requires_grad_, p.requires_grad)
+        undo.callback(setattr, learn, 'cbs', learn.cbs.copy())     # in their order
+        for old in [cb for cb in learn.cbs if isinstance(cb, OnlyAttention)]:
+            undo.callback(learn.add_cb, old)
+            train_all(learn)
+        flags = {name:p.requires_grad for name,p in learn.model.named_parameters()}
+        cb = OnlyAttention(list(chosen), flags)
+        undo.callback(learn.remove_cb, cb)
+        learn.add_cb(cb)
+        cb.before_fit()
+        n,total = (sum(p.numel() for p in ps) for ps in (trained, learn.model.parameters()))
+        print(f"Training {n:,} of {total:,} parameters ({n/total:.2%}): attention at {', '.join(layer_names(chosen).values())}")
+        undo.pop_all()
 
 def train_all(
     learn:Learner, # after `train_attention_only`
