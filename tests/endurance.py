@@ -2,6 +2,7 @@
 
 A shadow knows what each step may change; after each step everything else must be as it was, to the bit."""
 import copy
+import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -32,7 +33,6 @@ from fastai_selfattn.placement.optim import AttentionHooks, AttentionSplitter, i
 from fastai_selfattn.placement.unet import create_unet_model
 from fastai_selfattn.seeing.gamma_logger import GammaLogger
 from fastai_selfattn.seeing.record import AttentionRecorder
-from fastai_selfattn.walls.train import small_encoder
 
 SIZE = 22, 34
 COUNTS = Counter()     # how often each step did its work, and how often it was refused
@@ -60,9 +60,14 @@ def cnn():
     torch.manual_seed(4)
     return CNN()
 
+def encoder(pretrained=False, weights=None):
+    "As `small_encoder`, and smaller, since a sequence takes as long as its copies and files do"
+    stages = [nn.Sequential(ConvLayer(a, b, stride=2), ResBlock(1, b, b)) for a,b in ((6,8), (8,12), (12,16))]
+    return nn.Sequential(ConvLayer(3, 6, stride=2), *stages, nn.AdaptiveAvgPool2d(1))
+
 def unet():
     torch.manual_seed(4)
-    return create_unet_model(small_encoder, 2, SIZE, pretrained=False)
+    return create_unet_model(encoder, 2, SIZE, pretrained=False)
 
 def cnn_groups(model): return [params(nn.ModuleList(m)) for m in ((model.stem,model.block), (model.twice,model.same,model.down), (model.norm,model.head))]
 
@@ -249,6 +254,90 @@ def check_attend(bs, nq, nk, d, dv, dtype, how, backend, scale, size, seed):
     COUNTS.update(['attend'])
 
 FUZZED = dict(layer=(layer_cases(), check_layer), attend=(attend_cases(), check_attend))
+
+
+# --- a failure at any call of a function of the package
+
+PACKAGE = str(Path(fastai_selfattn.__file__).parent)
+CLEANING = '_leave','_unhook','_without','remove_quietly','__exit__'     # nothing can be put around what itself takes back
+
+class FailsAt:
+    "The `at`-th call of a named function of the package raises; `calls` are those that were made, by module and function"
+    def __init__(self, at=0): self.at,self.calls = at,[]
+    def __enter__(self):
+        sys.setprofile(self)
+        return self
+    def __exit__(self, *exc): sys.setprofile(None)
+    def __call__(self, frame, event, arg):
+        code = frame.f_code
+        if event != 'call' or not code.co_filename.startswith(PACKAGE) or code.co_name.startswith('<') or code.co_name in CLEANING: return
+        self.calls.append(f'{Path(code.co_filename).stem}.{code.co_name}')
+        if len(self.calls) == self.at: raise Fault
+
+    def ends(self):
+        "The first and the last call of each function"
+        first,last = {},{}
+        for at,name in enumerate(self.calls, 1):
+            first.setdefault(name, at)
+            last[name] = at
+        return sorted({*first.values(), *last.values()})
+
+def fitted(path, *how):
+    learn = Learner(loaders(), cnn(), mean_square, splitter=cnn_groups, path=path, model_dir='.')
+    if how: quietly(learn.insert_attention, ['block','same'], *how)
+    quietly(fit, learn)
+    learn.opt.zero_grad()
+    for name in ('xb','yb','x','y','pred','loss','loss_grad'): vars(learn).pop(name, None)
+    return learn
+
+def recorded(learn):
+    with torch.no_grad(), AttentionRecorder(learn.model, 2): learn.model(X)
+
+def switched_off(learn):
+    with torch.no_grad(), attention_off(learn): learn.model(X)
+
+def only(learn): learn.train_attention_only('block')
+
+# what is done -> to a Learner with attention put in so, or without (None); by which function
+DONE = dict(insert=(None, lambda l: l.insert_attention(['block','same'])), replace=(None, lambda l: l.insert_attention('same', 'replace')),
+            remove=('append', lambda l: l.remove_attention()), put_back=('replace', lambda l: l.remove_attention()),
+            load=(None, lambda l: load_attention(l, l.path/'there.safetensors')), load_numbers=('append', lambda l: load_attention(l, l.path/'there.safetensors')),
+            save=('append', lambda l: save_attention(l, l.path/'before')), only=('append', only), only_again=('append', lambda l: l.train_attention_only('same')), all=('append', lambda l: l.train_all()),
+            record=('append', recorded), off=('append', switched_off), effect=('append', lambda l: l.attention_effect()),
+            sites=('append', lambda l: l.attention_sites()), status=('append', lambda l: repr(l.attention_status())),
+            upgrade=('append', lambda l: l.upgrade_attention()), fuse=('append', lambda l: fuse_attention(l.model)))
+
+def learners_for_faults(path):
+    "With attention by each way of `DONE`, and two files of other numbers for it"
+    made = {how:fitted(path, *([how] if how else [])) for how in (None,'append','replace')}
+    other = copy.deepcopy(made['append'])
+    for m in inserted_layers(other.model).values(): m.gamma.data.add_(1)
+    for name in ('there','before'): quietly(save_attention, other, path/name)
+    return made
+
+def prepared(learners, name):
+    how,f = DONE[name]
+    learn = copy.deepcopy(learners[how])
+    if name in ('all','only_again'): quietly(only, learn)
+    return learn,f
+
+def failures(learners, name, most=None):
+    "The first and last call of each function of the package that `name` makes fails, or `most` of them; what changed then, and how many were tried"
+    learn,f = prepared(learners, name)
+    with FailsAt() as calls: quietly(f, learn)
+    found,ends = {},calls.ends()
+    if most: ends = ends[::-1][::-(-len(ends)//most)]     # the last ones too, after which nothing is taken back any more
+    for at in ends:
+        learn,f = prepared(learners, name)
+        before = everything(learn, learn.path)
+        with FailsAt(at) as failing:
+            try: quietly(f, learn)
+            except Exception: pass
+            else: continue     # it was no matter
+        changed = differences(before, everything(learn, learn.path))
+        changed.pop('versions', None)     # what is put back counts as written to
+        if changed: found[f'{at} {failing.calls[-1]}'] = changed
+    return found,len(ends)
 
 
 # --- calls that are wrong
