@@ -156,6 +156,16 @@ def test_fused_layers_are_kept_fused(tmp_path):
 
 # learn.load, learn.train_attention_only
 
+def test_learn_load_that_fails_changes_nothing(tmp_path):
+    "PyTorch takes over what fits before it says that something does not"
+    learn, other = learner(tmp_path), learner(tmp_path, net(2))
+    insert_attention(learn, 'stem')
+    learn.save('with')
+    before = {k: v.clone() for k, v in other.model.state_dict().items()}
+    assert not torch.equal(before['mid.weight'], learn.model.mid.weight)
+    with pytest.raises(RuntimeError, match='this model has not'): other.load('with')
+    assert all(torch.equal(v, before[k]) for k, v in other.model.state_dict().items())
+
 @pytest.mark.parametrize('way', [dict(where=['stem', 'mid']), dict(where='mid', layer=SimpleSelfAttention)], ids=str)
 def test_learn_load_says_what_to_do(tmp_path, way):
     learn = learner(tmp_path)
