@@ -197,7 +197,8 @@ def layer_cases(draw):
     else:
         args |= dict(reduction=draw(st.integers(1, 9)), heads=draw(st.integers(1, 3)), unit=draw(st.booleans()), gamma=draw(st.sampled_from([.7, -1.9])))
         if cls is not PooledSelfAttention2d: args |= dict(pool=draw(st.integers(1, 3)), softmax=draw(st.booleans()))
-    shape = draw(st.integers(0, 3)),draw(st.integers(1, 9)),*draw(st.lists(st.integers(0, 5), min_size=0, max_size=4))
+    maps = st.lists(st.integers(1, 5), min_size=1, max_size=3)
+    shape = draw(st.integers(0, 3)),draw(st.integers(1, 9)),*draw(st.one_of(maps, maps, st.lists(st.integers(0, 5), min_size=0, max_size=4)))
     return dict(cls=cls, args=args, shape=shape, dtype=draw(st.sampled_from([*DTYPES])), how=draw(LAYOUTS), backend=draw(st.sampled_from(BACKENDS)),
                 trains=draw(st.booleans()), strange=draw(st.sampled_from([None, *STRANGE])), seed=draw(st.integers(0, 99)))
 
