@@ -10,9 +10,11 @@ __all__ = []
 # %% ../../nbs/api/placement/only.ipynb #c14b1b7b
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import chain
 
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.learner import Learner
+from fastai.optimizer import Lookahead
 
 from ..attention.kinds import choose_layers, layer_names
 
@@ -32,6 +34,10 @@ class OnlyAttention(Callback):
         for p in self.learn.model.parameters():
             p.requires_grad_(p in trained)
             if p not in trained: p.grad = None     # the optimizer steps wherever there is one
+        opt = getattr(self.learn, 'opt', None)
+        if not isinstance(opt, Lookahead) or opt.slow_weights is None: return
+        for slow,p in zip(chain(*opt.slow_weights), chain(*opt.param_lists)):     # towards which `ranger` would draw all weights
+            if p not in trained: slow.data.copy_(p.data)
 
     def before_train(self):
         for m in self._in_and_out()[1]:

@@ -5,6 +5,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.layers import NormType
 from fastai.learner import Learner
+from fastai.optimizer import ranger
 from safetensors import safe_open
 from torch import nn
 
@@ -203,6 +204,16 @@ def test_only_attention_trains(tmp_path, capsys):
     fit(learn)
     assert not torch.equal(learn.model.stem[0].weight, before['stem.0.weight']) and not torch.equal(learn.model.stem[1].running_mean, before['stem.1.running_mean'])
     with pytest.raises(ValueError, match='nothing to undo'): learn.train_all()
+
+def test_only_attention_trains_with_ranger():
+    "Whose slow weights, which all weights are drawn to every sixth step, are those of before"
+    learn = learner(opt_func=ranger)
+    insert_attention(learn, 'stem')
+    fit(learn, 2)                          # four steps
+    learn.train_attention_only()
+    before = {k: v.clone() for k, v in learn.model.named_parameters()}
+    fit(learn, 2)
+    assert {k for k, v in learn.model.named_parameters() if not torch.equal(v, before[k])} == {k for k in before if k.startswith('stem.3.')}
 
 def test_only_some_attention_trains_and_the_file_holds_all_of_it(tmp_path):
     learn, plain = learner(tmp_path), copy.deepcopy(net())
