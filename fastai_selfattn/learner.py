@@ -19,8 +19,9 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from matplotlib.axes import Axes
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.nn.parameter import is_lazy
 
 from .placement import only
 from .attention.kinds import AttentionStatus, attention_status as _attention_status
@@ -213,8 +214,10 @@ def load(self:Learner,
     **kwargs # more for fastai's method
 ):
     "Load model and optimizer state (if `with_opt`) from `self.path/self.model_dir/file` using `device`"
+    before = {k:v.clone() for k,v in self.model.state_dict().items() if isinstance(v, Tensor) and not is_lazy(v)}
     try: return _load(self, file, device=device, **kwargs)
     except RuntimeError as e:
+        self.model.load_state_dict(before, strict=False)     # PyTorch has taken over what fits
         paths = _more_attention(str(e))
         if not paths: raise
         raise RuntimeError(f"{file} was saved with attention at {', '.join(paths)}, which this model has not: insert it first, "

@@ -32,8 +32,10 @@ def written_out(layer, x, weights=False):
     asks, answers = ('query', 'key') if isinstance(layer, PooledSelfAttention2d) else ('key', 'query')
     q, k, v = (weight(getattr(layer, name)[0]) @ p for name in (asks, answers, 'value'))
     k, v = (max_pooled(t, layer.pool, x.shape[2:]) for t in (k, v))
-    logits = [qh.mT @ kh for qh, kh in zip(q.chunk(layer.heads, 1), k.chunk(layer.heads, 1))]
-    beta = [l.softmax(-1) if layer.softmax else l / k.shape[2] for l in logits]
+    q, k = (t.chunk(layer.heads, 1) for t in (q, k))
+    if layer.unit: q, k = ([F.normalize(t, dim=1) for t in ts] for ts in (q, k))
+    logits = [qh.mT @ kh for qh, kh in zip(q, k)]
+    beta = [l.softmax(-1) if layer.softmax else l / v.shape[2] for l in logits]
     if weights: return torch.stack(beta, 1)
     o = torch.cat([vh @ b.mT for vh, b in zip(v.chunk(layer.heads, 1), beta)], 1)
     if hasattr(layer, 'out'): o = weight(layer.out[0]) @ o

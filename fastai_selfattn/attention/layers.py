@@ -12,6 +12,7 @@ import copy
 import inspect
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from numbers import Real
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm, weight_norm
 
 from . import norms, ops
-from .norms import bake, normed_conv, settle, without_hook
+from .norms import _undo, bake, normed_conv, settle, without_hook
 from .ops import attend, dot_attend
 from ..quiet import check_whole, eval_mode
 
@@ -259,7 +260,11 @@ def fuse_attention(
     if not convs:
         why = "they are fused already" if layers else "it has none of this package's layers"
         raise ValueError(f"no attention layer with a norm in this {type(model).__name__}: {why}")
-    for conv in convs: bake(conv)
+    with ExitStack() as undo:
+        for conv in convs:
+            undo.callback(_undo(conv))
+            bake(conv)
+        undo.pop_all()
     for l in layers: l.norm_type = None
     return model
 

@@ -169,7 +169,10 @@ def load_attention(
         if any(p not in given or _shapes(given[p]) != _shapes(m.state_dict()) for p,m in there.items()) or len(there) != len(given):
             raise ValueError(f"this {type(model).__name__} has other attention inserted, at {', '.join(there)}; {fname} has it at "
                              f"{', '.join(given)}: take it out first, with `remove_attention`")
-        for p,m in there.items(): m.load_state_dict(given[p])
+        with ExitStack() as undo:
+            for m in there.values(): undo.callback(m.load_state_dict, {n:t.clone() for n,t in m.state_dict().items()})
+            for p,m in there.items(): m.load_state_dict(given[p])
+            undo.pop_all()
         return list(given)
     made = [_filled(model, l, given[l['path']], layer) for l in about['layers']]
     with ExitStack() as undo:

@@ -9,9 +9,12 @@ __all__ = []
 
 # %% ../../nbs/api/placement/only.ipynb #c14b1b7b
 from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import chain
 
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.learner import Learner
+from fastai.optimizer import Lookahead
 
 from ..attention.kinds import choose_layers, layer_names
 
@@ -31,6 +34,10 @@ class OnlyAttention(Callback):
         for p in self.learn.model.parameters():
             p.requires_grad_(p in trained)
             if p not in trained: p.grad = None     # the optimizer steps wherever there is one
+        opt = getattr(self.learn, 'opt', None)
+        if not isinstance(opt, Lookahead) or opt.slow_weights is None: return
+        for slow,p in zip(chain(*opt.slow_weights), chain(*opt.param_lists)):     # towards which `ranger` would draw all weights
+            if p not in trained: slow.data.copy_(p.data)
 
     def before_train(self):
         for m in self._in_and_out()[1]:
@@ -50,12 +57,20 @@ def train_attention_only(
     if getattr(learn, 'opt', None) and not trained <= {p for g in learn.opt.param_lists for p in g}:
         raise ValueError("the optimizer does not know all of the attention: put it in with `learn.insert_attention`, "
                          "or make a new optimizer with `learn.create_opt()`")
-    if any(isinstance(cb, OnlyAttention) for cb in learn.cbs): train_all(learn)
-    flags = {name:p.requires_grad for name,p in learn.model.named_parameters()}
-    learn.add_cb(cb := OnlyAttention(list(chosen), flags))
-    cb.before_fit()
-    n,total = (sum(p.numel() for p in ps) for ps in (trained, learn.model.parameters()))
-    print(f"Training {n:,} of {total:,} parameters ({n/total:.2%}): attention at {', '.join(layer_names(chosen).values())}")
+    with ExitStack() as undo:
+        for p in learn.model.parameters(): undo.callback(p.requires_grad_, p.requires_grad)
+        undo.callback(setattr, learn, 'cbs', learn.cbs.copy())     # in their order
+        for old in [cb for cb in learn.cbs if isinstance(cb, OnlyAttention)]:
+            undo.callback(learn.add_cb, old)
+            train_all(learn)
+        flags = {name:p.requires_grad for name,p in learn.model.named_parameters()}
+        cb = OnlyAttention(list(chosen), flags)
+        undo.callback(learn.remove_cb, cb)
+        learn.add_cb(cb)
+        cb.before_fit()
+        n,total = (sum(p.numel() for p in ps) for ps in (trained, learn.model.parameters()))
+        print(f"Training {n:,} of {total:,} parameters ({n/total:.2%}): attention at {', '.join(layer_names(chosen).values())}")
+        undo.pop_all()
 
 def train_all(
     learn:Learner, # after `train_attention_only`

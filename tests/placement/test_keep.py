@@ -5,6 +5,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.layers import NormType
 from fastai.learner import Learner
+from fastai.optimizer import ranger
 from safetensors import safe_open
 from torch import nn
 
@@ -156,6 +157,16 @@ def test_fused_layers_are_kept_fused(tmp_path):
 
 # learn.load, learn.train_attention_only
 
+def test_learn_load_that_fails_changes_nothing(tmp_path):
+    "PyTorch takes over what fits before it says that something does not"
+    learn, other = learner(tmp_path), learner(tmp_path, net(2))
+    insert_attention(learn, 'stem')
+    learn.save('with')
+    before = {k: v.clone() for k, v in other.model.state_dict().items()}
+    assert not torch.equal(before['mid.weight'], learn.model.mid.weight)
+    with pytest.raises(RuntimeError, match='this model has not'): other.load('with')
+    assert all(torch.equal(v, before[k]) for k, v in other.model.state_dict().items())
+
 @pytest.mark.parametrize('way', [dict(where=['stem', 'mid']), dict(where='mid', layer=SimpleSelfAttention)], ids=str)
 def test_learn_load_says_what_to_do(tmp_path, way):
     learn = learner(tmp_path)
@@ -193,6 +204,16 @@ def test_only_attention_trains(tmp_path, capsys):
     fit(learn)
     assert not torch.equal(learn.model.stem[0].weight, before['stem.0.weight']) and not torch.equal(learn.model.stem[1].running_mean, before['stem.1.running_mean'])
     with pytest.raises(ValueError, match='nothing to undo'): learn.train_all()
+
+def test_only_attention_trains_with_ranger():
+    "Whose slow weights, which all weights are drawn to every sixth step, are those of before"
+    learn = learner(opt_func=ranger)
+    insert_attention(learn, 'stem')
+    fit(learn, 2)                          # four steps
+    learn.train_attention_only()
+    before = {k: v.clone() for k, v in learn.model.named_parameters()}
+    fit(learn, 2)
+    assert {k for k, v in learn.model.named_parameters() if not torch.equal(v, before[k])} == {k for k in before if k.startswith('stem.3.')}
 
 def test_only_some_attention_trains_and_the_file_holds_all_of_it(tmp_path):
     learn, plain = learner(tmp_path), copy.deepcopy(net())
