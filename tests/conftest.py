@@ -22,6 +22,26 @@ def run(*args, cwd, **env):
     if res.returncode: pytest.fail(f"{' '.join(map(str, args))}\n{res.stdout[-20000:]}", pytrace=False)
     return res.stdout
 
+_ON_CPUS = """
+import torch
+import fastai.distributed as distributed
+
+def broadcast(self, t, rank):     # the order of a shuffled batch, which fastai sends through a GPU
+    t = torch.tensor(t)
+    torch.distributed.broadcast(t, rank)
+    return t.tolist()
+
+distributed.DistributedDL._broadcast = broadcast
+"""
+
+def train_in_processes(folder, script, n=2, beside=None):
+    "What `script` prints in `folder`, run by `n` processes that train together on CPUs; it can import the modules `beside` a test"
+    pytest.importorskip('accelerate', reason='fastai trains on several processes with accelerate, which is not installed')
+    (folder/'train.py').write_text(_ON_CPUS+script)
+    launch = [sys.executable] if n == 1 else [bin_dir/'torchrun', '--standalone', '--nproc_per_node', n]
+    path = [root, root/'tests'] + ([Path(beside).parent] if beside else [])
+    return run(*launch, 'train.py', cwd=folder, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(map(str, path)))
+
 def project_files():
     "Every file of the project: what git tracks or would add"
     out = run('git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard', cwd=root)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm, weight_norm
 
 from . import norms, ops
-from .norms import _undo, bake, normed_conv, settle, without_hook
+from .norms import bake, normed_conv, settle, undo_of, without_hook
 from .ops import attend, dot_attend
 from ..quiet import check_whole, eval_mode
 
@@ -262,7 +262,7 @@ def fuse_attention(
         raise ValueError(f"no attention layer with a norm in this {type(model).__name__}: {why}")
     with ExitStack() as undo:
         for conv in convs:
-            undo.callback(_undo(conv))
+            undo.callback(undo_of(conv))
             bake(conv)
         undo.pop_all()
     for l in layers: l.norm_type = None

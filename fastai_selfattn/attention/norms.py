@@ -179,7 +179,7 @@ _types = {SpectralNorm:NormType.Spectral, WeightNorm:NormType.Weight, type(None)
 
 def _tensors(conv): return dict((*conv.named_parameters(recurse=False), *conv.named_buffers(recurse=False)))
 
-def _undo(conv):
+def undo_of(conv):
     "A function that makes `conv` what it is now"
     cls,attrs = type(conv),{k:(v,copy.copy(v)) for k,v in vars(conv).items()}
     def undo():
@@ -198,7 +198,7 @@ def without_hook(
     settled:bool=False, # its singular vectors are good as they are
 )->Callable: # call it to undo this
     "Let `conv` make its normalised weight itself, in place; any other module stays as it is"
-    undo = _undo(conv)
+    undo = undo_of(conv)
     if type(conv) not in (nn.Conv1d,nn.Conv2d): return undo
     hook,*more = _norm_hooks(conv) or [None]
     is_known = (hook.name,hook.dim) == ('weight',0) if hook else 'weight' in _tensors(conv)     # a norm over filters, or none

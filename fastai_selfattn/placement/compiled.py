@@ -31,9 +31,9 @@ def compile_unet(
 )->Learner: # `learn`
     "Compile the model of a Learner in place, training too, at its first batch; `TypeError` if it is no Learner"
     if not isinstance(learn, Learner): raise TypeError(f"`learn` must be a Learner, got {type(learn).__name__}")
+    learn.model.compile(**options)     # raises on what it does not take, before anything has changed
     for m in list(learn.model.modules()):
         for name,child in m.named_children():
             if isinstance(child, ToTensorBase): setattr(m, name, nn.Identity())
     if not any(isinstance(cb, PlainTensors) for cb in learn.cbs): learn.add_cb(PlainTensors())
-    learn.model.compile(**options)
     return learn

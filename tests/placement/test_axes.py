@@ -12,7 +12,6 @@ from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer,
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 from fastai_selfattn.attention.kinds import attention_layers
-from fastai_selfattn.attention.layers import SelfAttention
 from fastai_selfattn.placement.insert import insert_attention, remove_attention
 from fastai_selfattn.placement.sites import attention_sites
 

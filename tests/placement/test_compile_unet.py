@@ -37,3 +37,10 @@ def test_the_compiled_code_runs(counts):
 
 def test_only_learners_compile():
     with pytest.raises(TypeError, match='must be a Learner'): compile_unet(torch.nn.Linear(2, 2))
+
+@pytest.mark.parametrize('options', [dict(colour=3), dict(backend='none such')])
+def test_options_that_nobody_knows_change_nothing(options):
+    learn = learner()
+    modules, cbs = [id(m) for m in learn.model.modules()], list(learn.cbs)
+    with pytest.raises(Exception, match='colour|none such'): compile_unet(learn, **options)
+    assert [id(m) for m in learn.model.modules()] == modules and list(learn.cbs) == cbs

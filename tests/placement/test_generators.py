@@ -8,7 +8,6 @@ from fastai.optimizer import Adam
 from fastai.torch_core import TensorImage
 from fastai.vision.gan import GANLearner, basic_critic, basic_generator, generate_noise
 from torch import nn
-import fastai.callback.progress     # gives `Learner` its `no_bar`
 
 from fastai_selfattn.placement.insert import insert_attention
 from fastai_selfattn.placement.sites import attention_sites

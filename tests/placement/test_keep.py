@@ -9,7 +9,7 @@ from fastai.optimizer import ranger
 from safetensors import safe_open
 from torch import nn
 
-from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention, fuse_attention
+from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SimpleSelfAttention, fuse_attention
 from fastai_selfattn.placement.insert import insert_attention, remove_attention
 from fastai_selfattn.placement.keep import load_attention, save_attention
 from fastai_selfattn.placement.optim import inserted_layers

@@ -1,42 +1,26 @@
 "Parameters come and go in a Learner: groups, states, freezing, saving and loading in any order, distributed training"
-import copy
 import inspect
-import os
-import pickle
 import re
-import subprocess
 from functools import partial
 
 import fastai.layers
 import pytest
-import timm
 import torch
-import torchvision
-from conftest import bin_dir, named
+from conftest import named, train_in_processes
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
-from fastai.data.core import Datasets
-from fastai.layers import ConvLayer, ResBlock
 from fastai.learner import Learner, load_learner
 from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
 from fastai.torch_core import params, set_seed
 import fastai.callback.all  # noqa: F401  patches `Learner`
-from fastai.vision.learner import create_timm_model, create_unet_model
-from fastai.vision.models import resnet18
-from fastai.vision.models.xresnet import xresnet18
 from torch import nn
-from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
 
-from fastai_selfattn.placement import insert as insert_module
 from fastai_selfattn import learner  # noqa: F401  patches `Learner`
 from fastai.distributed import DistributedTrainer
 from fastai_selfattn.seeing.gamma_logger import GammaLogger
-from fastai_selfattn.placement import optim as optim_module
 from fastai_selfattn.placement.insert import insert_attention, remove_attention
 from fastai_selfattn.placement.optim import AttentionHooks, AttentionSplitter, inserted_layers
-from fastai_selfattn.placement.skips import LetGo
-from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention
+from fastai_selfattn.attention.layers import PooledSelfAttention2d
 from fastai_selfattn.placement.sites import attention_sites
 
 
@@ -295,15 +279,7 @@ def test_synchronised_norms_keep_their_attention():
 
 DISTRIBUTED = '''
 import os, torch
-import fastai.distributed as distributed
 from test_optim import *
-
-def broadcast(self, t, rank):     # fastai's goes through a GPU
-    t = torch.tensor(t)
-    torch.distributed.broadcast(t, rank)
-    return t.tolist()
-
-distributed.DistributedDL._broadcast = broadcast
 learn = make(splitter=split)
 learn.insert_attention(['1','3'])
 with learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, 2)
@@ -311,11 +287,7 @@ learn.save(f"rank{os.environ['RANK']}") if os.environ['RANK'] == '0' else torch.
 '''
 
 def test_distributed_training(tmp_path):
-    pytest.importorskip('accelerate', reason='fastai trains on several processes with accelerate, which is not installed')
-    (tmp_path / 'train.py').write_text(DISTRIBUTED)
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__)), os.environ.get('PYTHONPATH', '')])}
-    res = subprocess.run([str(bin_dir / 'torchrun'), '--standalone', '--nproc_per_node', '2', 'train.py'], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert not res.returncode, res.stderr[-3000:]
+    train_in_processes(tmp_path, DISTRIBUTED, beside=__file__)
     one, two = (torch.load(tmp_path / f, weights_only=False) for f in ('models/rank0.pth', 'rank1.pth'))
     one = one['model']
     assert one['1.3.gamma'].item() and one['3.2.gamma'].item() and all(torch.equal(one[k], two[k]) for k in one if 'running' not in k and 'num_batches' not in k)

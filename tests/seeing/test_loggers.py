@@ -1,5 +1,5 @@
 "`GammaLogger` and `AttentionMapLogger`: right numbers and maps where they belong, training as without them, and a `Learner` as good as new however it ends"
-import copy, json, os, random, shutil, subprocess, tempfile, warnings
+import copy, json, random, shutil, tempfile, warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +36,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet18
 
-from conftest import bin_dir, contents, named
+from conftest import contents, named, train_in_processes
 from fastai_selfattn.seeing import gamma_logger, map_logger
 from fastai_selfattn.seeing.gamma_logger import GammaLogger, mend_wandb
 from fastai_selfattn.seeing.map_logger import AttentionMapLogger
@@ -623,15 +623,7 @@ def test_exported_untrained(tmp_path):
 
 DISTRIBUTED = '''
 import json, os, torch
-import fastai.distributed as distributed
 from test_loggers import *
-
-def broadcast(self, t, rank):     # fastai's goes through a GPU
-    t = torch.tensor(t)
-    torch.distributed.broadcast(t, rank)
-    return t.tolist()
-
-distributed.DistributedDL._broadcast = broadcast
 maps = AttentionMapLogger(max_n=1, path='maps')
 learn = segment([Path(f) for f in json.loads(Path('files.json').read_text())], Path('.'), GammaLogger(), maps)
 with learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, 2), fit(learn, 1)
@@ -642,12 +634,8 @@ Path(f'{rank}.json').write_text(json.dumps(dict(names=list(learn.recorder.metric
 '''
 
 def test_two_processes(tmp_path, files):
-    pytest.importorskip('accelerate', reason='fastai trains on several processes with accelerate, which is not installed')
-    (tmp_path / 'train.py').write_text(DISTRIBUTED)
     (tmp_path / 'files.json').write_text(json.dumps([str(f) for f in files]))
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])}
-    res = subprocess.run([str(bin_dir / 'torchrun'), '--standalone', '--nproc_per_node', '2', 'train.py'], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    assert not res.returncode, res.stderr[-3000:]
+    train_in_processes(tmp_path, DISTRIBUTED, beside=__file__)
     one, two = (json.loads((tmp_path / f'{i}.json').read_text()) for i in (0, 1))
     assert one['names'] == two['names'] == ['epoch', 'train_loss', 'valid_loss', 'gamma_1', 'gamma_4', 'time']
     assert one['columns'] == two['columns'] and one['history'] == two['history'] and one['history'][-1][:2] == one['gammas'] == two['gammas'] and one['clean'] and two['clean']
