@@ -95,7 +95,8 @@ def _look(model, channels):
         if type(m).__module__.startswith('fastai.'):
             raise ValueError(f"{name} is fastai's own layer, which holds n x n: turn it into ours, with `learn.upgrade_attention()`")
     with _stand_ins({m: lambda x: x for m in layers.values()}):
-        least,shapes = _sides(model, layers, torch.zeros(1, channels, SIDE, SIDE))
+        try: least,shapes = _sides(model, layers, torch.zeros(1, channels, SIDE, SIDE))
+        except RuntimeError as e: raise ValueError(f"the model does not take a picture (c, h, w) of {channels} channels: {e}") from e
         if least < 4: raise ValueError(_FAR.format(SIDE//2))
         unit = SIDE//least
         reach = max(_reach(model, unit, channels, dim) for dim in (2,3))
@@ -238,6 +239,9 @@ def _as_tensor(picture):
     if picture.dim() != 3 or not picture.numel(): raise ValueError(f"`picture` must be (c, h, w), got shape {tuple(picture.shape)}")
     if picture.dtype not in (torch.uint8,torch.float32):
         raise TypeError(f"`picture` must be float32 with values 0 to 1, or uint8, got {picture.dtype}")
+    least,most = (x.item() for x in picture.aminmax())
+    if picture.is_floating_point() and not 0 <= least <= most <= 1:     # not-a-numbers too
+        raise ValueError(f"`picture` must have values 0 to 1, not normalised, got {least:.4g} to {most:.4g}: uint8 goes from 0 to 255")
     return picture.detach().as_subclass(Tensor).cpu()
 
 def _extended(picture, unit):

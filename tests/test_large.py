@@ -1,4 +1,5 @@
 "A picture predicted by windows is predicted as a whole is, in the memory that was stated."
+import math
 import numpy as np
 import fastai.callback.all  # noqa: F401
 import fastai.layers
@@ -137,7 +138,10 @@ def test_models_that_cannot_be(net, says):
     with pytest.raises(ValueError, match=says): predict_large(learner(net), picture(24, 36), progress=False)
 
 @pytest.mark.parametrize('given,error,says', [(torch.rand(1, 3, 8, 8), ValueError, r'must be \(c, h, w\)'), (torch.rand(3, 0, 8), ValueError, r'must be \(c, h, w\)'),
-    (torch.rand(3, 8, 8).double(), TypeError, 'float32'), (np.zeros((8, 8, 3)), TypeError, 'ndarray')], ids=['batch', 'empty', 'double', 'array'])
+    (torch.rand(3, 8, 8).double(), TypeError, 'float32'), (np.zeros((8, 8, 3)), TypeError, 'ndarray'),
+    (torch.rand(4, 8, 8), ValueError, 'picture .* of 4 channels'), (torch.randint(256, (8, 9, 3), dtype=torch.uint8), ValueError, 'of 8 channels'),
+    (255*torch.rand(3, 8, 8), ValueError, 'values 0 to 1'), (torch.full((3, 8, 8), -.1), ValueError, 'got -0.1'), (torch.full((3, 8, 8), math.nan), ValueError, 'nan')],
+    ids=['batch', 'empty', 'double', 'array', 'alpha', 'channels last', 'to 255', 'normalised', 'nan'])
 def test_pictures_that_cannot_be(given, error, says):
     with pytest.raises(error, match=says): predict_large(learner(), given, progress=False)
 
