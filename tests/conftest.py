@@ -3,6 +3,7 @@ from pathlib import Path
 import fastai.callback.all  # noqa: F401  gives `Learner` `no_bar`, `fit_one_cycle` and the like, whichever test comes first
 import pytest, torch
 from hypothesis import settings
+from processes import python
 from torch.profiler import ProfilerActivity, profile
 
 root = Path(__file__).resolve().parent.parent
@@ -37,10 +38,8 @@ distributed.DistributedDL._broadcast = broadcast
 def train_in_processes(folder, script, n=2, beside=None):
     "What `script` prints in `folder`, run by `n` processes that train together on CPUs; it can import the modules `beside` a test"
     pytest.importorskip('accelerate', reason='fastai trains on several processes with accelerate, which is not installed')
-    (folder/'train.py').write_text(_ON_CPUS+script)
-    launch = [sys.executable] if n == 1 else [bin_dir/'torchrun', '--standalone', '--nproc_per_node', n]
     path = [root, root/'tests'] + ([Path(beside).parent] if beside else [])
-    return run(*launch, 'train.py', cwd=folder, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(map(str, path)))
+    return python(_ON_CPUS+script, folder=folder, n=n, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(map(str, path)))
 
 def project_files():
     "Every file of the project: what git tracks or would add"

@@ -1,7 +1,8 @@
 "The house is as the contributor page says: rooms and levels, arrows that only point down, and no line that nobody can read."
 import ast, json, re, sys
 import pytest
-from conftest import project_files, root, run
+from conftest import project_files, root
+from processes import python
 
 package = 'fastai_selfattn'
 modules = {p.relative_to(root/package).with_suffix('').as_posix().replace('/', '.'): p for p in sorted((root/package).rglob('*.py')) if not p.name.startswith('_')}
@@ -117,7 +118,7 @@ for m in {sorted(modules, key=lambda m: levels[room(m)])!r}:
         assert '{package}.learner' in sys.modules, f'importing {{m}} changes {{c}}.{{k}}'
         assert getattr(v, '__module__', None) == '{package}.learner', f'{{c}}.{{k}} is not set by learner'
 '''
-    run(sys.executable, '-c', code, cwd=root)
+    python(code, folder=root)
 
 def test_no_paths_of_one_machine():
     found = []

@@ -1,5 +1,5 @@
 "A trained Learner written in three formats predicts the same in a process that has neither fastai nor this package."
-import gc, json, os, subprocess, sys
+import gc, json, os
 import fastai.callback.all  # noqa: F401
 import numpy as np
 import pytest, torch
@@ -14,6 +14,7 @@ from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import Normalize
 from fastai.vision.models import resnet18
 from PIL import Image
+from processes import python
 from torch import nn
 
 import fastai_selfattn.export as export_module
@@ -42,8 +43,7 @@ assert not {'fastai', 'fastai_selfattn'} & set(sys.modules)
 def elsewhere(folder, x, *names):
     "What the files `names` in `folder` make of pictures `x`, run in another process"
     np.save(folder/'x.npy', np.asarray(x, np.float32))
-    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', ELSEWHERE, 'x.npy', *names], cwd=folder, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-4000:]
+    python(ELSEWHERE, 'x.npy', *names, folder=folder)
     return [np.load(folder/f'{name}.npy') for name in names]
 
 def wall_finder(arch, size):
@@ -182,9 +182,7 @@ def test_peak_memory_of_onnx_with_a_large_map(tmp_path):
     learn, _ = attentive((128, 128))
     def measured(name):
         with attention_backend(name): to_onnx(learn, tmp_path/'model.onnx', size=24)     # the size that it is run at is another
-        run = subprocess.run([sys.executable, '-c', PEAK], cwd=tmp_path, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr[-4000:]
-        return float(run.stdout)
+        return float(python(PEAK, folder=tmp_path).split()[-1])
     assert measured('auto') < 200 < 1000 < measured('math')
 
 @pytest.mark.parametrize('size', [(33, 37), (32, 40), (16, 16)], ids=str)     # 1280 is five whole blocks, 256 is one

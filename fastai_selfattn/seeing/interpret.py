@@ -21,7 +21,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import Tensor
 
-from .plot import plot_attention
+from .plot import pixel_aspect, plot_attention
 from .pictures import numbered_pictures
 from .scale import attention_bar
 from .record import AttentionRecorder
@@ -177,15 +177,14 @@ def plot_top(self:AttentionInterpretation,
     cells = rows['sharpest' if by == 'sharpest' else 'farthest']
     points = [_middle(cell, size, image.shape[-2:]) for cell,size,image in zip(cells, rows.cells, p.images)]
     maps = _own_maps(self.learn.model, p, points, name)
-    h,w = p.images[0].shape[-2:]
     vmax = max(2., *(m.max().item()*m.numel() for m in maps))
-    if axs is None: axs = _new_axes(len(rows), w/h, imsize)
-    for (left,right),image,m,point,row in zip(axs, p.images, maps, points, rows.itertuples()):
-        left.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+    if axs is None: axs = _new_axes(len(rows), max(w/h for h,w in p.shapes), imsize)
+    for (left,right),image,shape,m,point,row in zip(axs, p.images, p.shapes, maps, points, rows.itertuples()):
+        left.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), aspect=pixel_aspect(image, shape))
         left.set_axis_off()
         worth = f'without attention {row.gain:+.2g},\nwhich changes the features by {row.change:.1%}'
         left.set_title(f'picture {row.picture}, loss {row.loss:.3g},\n{worth}', fontsize=9)
         title = f'pixel {point}, distance {row.distance:.3g},\nentropy {row.entropy_share:.0%} of the most'
-        plot_attention(image, m, point, right, vmax=vmax).set_title(title, fontsize=9)
+        plot_attention(image, m, point, right, vmax=vmax, shape=shape).set_title(title, fontsize=9)
     attention_bar(list(axs[:,1]))
     return axs

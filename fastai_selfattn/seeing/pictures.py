@@ -38,6 +38,11 @@ class Pictures(NamedTuple):
     shapes:list     # (h, w) in whose proportions to draw each: its own where the pipeline squeezes it, else as the model takes it
     which:int=0     # of several pictures that the model takes at once, the one that is shown
 
+    def __repr__(self):
+        sizes = sorted({'x'.join(map(str, im.shape)) for im in self.images})
+        n,passes = len(self.images),len(self.batches)
+        return f"Pictures, {n} of {', '.join(sizes)}, in {passes} pass{'es'*(passes > 1)}: {', '.join(map(str, self.names))}"
+
     @property
     def x(self)->Tensor: # (bs, c, h, w); a list of (1, c, h, w) if sizes differ
         "The pictures that are shown, as the model takes them"

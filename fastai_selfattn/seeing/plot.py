@@ -39,7 +39,10 @@ def _mark(ax, point):
     "A ring around a pixel, whole even at the border"
     for color,width in (('k',3.5), ('w',1.5)): ax.plot(point[1], point[0], 'o', ms=8, mfc='none', mec=color, mew=width, clip_on=False)
 
-def _aspect(image, shape):
+def pixel_aspect(
+    image:Tensor, # (..., h, w)
+    shape:tuple[int,int], # (h, w); None for those of `image`
+)->float: # 1 if pixels are square
     "How much higher than wide to draw a pixel of `image`, so that it has the proportions of `shape` (h, w)"
     h,w = image.shape[-2:]
     return shape[0]*w/(shape[1]*h) if shape else 1
@@ -61,7 +64,7 @@ def plot_attention(
     if image.dim() == 3: image = image.mean(0)
     h,w = image.shape
     _check_point(point, h, w)
-    aspect = _aspect(image, shape)
+    aspect = pixel_aspect(image, shape)
     if ax is None: ax = plt.subplots(figsize=(3.6, 3.6*aspect*h/w))[1]
     ax.imshow(image.numpy(), cmap='gray', vmin=0, vmax=1, aspect=aspect)
     amap = (amap*amap.numel()).numpy()
@@ -148,7 +151,7 @@ def _draw_classes(ax, mask):
     ax.set(xlim=limits[0], ylim=limits[1])
 
 def _show_picture(ax, image, points, queries, heading, shape, mask):
-    aspect,image = _aspect(image, shape),image.detach().cpu().float().clamp(0, 1).permute(1,2,0).numpy()
+    aspect,image = pixel_aspect(image, shape),image.detach().cpu().float().clamp(0, 1).permute(1,2,0).numpy()
     ax.imshow(image, cmap='gray', vmin=0, vmax=1, aspect=aspect)
     if mask is not None: _draw_classes(ax, mask.cpu().numpy())
     text = _heading(ax, heading)+'\nquery pixels'

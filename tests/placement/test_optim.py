@@ -299,12 +299,14 @@ STEPS = {'save and load': lambda l: (l.save('a'), l.load('a')), 'export': lambda
          'insert': lambda l: l.insert_attention('3') if '3.2' not in inserted_layers(l.model) else None, 'replace': lambda l: l.insert_attention('2', 'replace') if '2' not in inserted_layers(l.model) else None,
          'remove': lambda l: l.remove_attention() if inserted_layers(l.model) else None}
 
-@pytest.mark.parametrize('opt_func', [Adam, partial(SGD, mom=.9), ranger, partial(OptimWrapper, opt=torch.optim.AdamW)], ids=['adam', 'sgd', 'ranger', 'wrapped'])
-@pytest.mark.parametrize('first', ['save and load', 'export', 'insert', 'replace'])
-@pytest.mark.parametrize('second', STEPS)
-def test_any_order(opt_func, first, second, tmp_path):
+FIRST = ['save and load', 'export', 'insert', 'replace']
+OPTIMIZERS = dict(adam=Adam, sgd=partial(SGD, mom=.9), ranger=ranger, wrapped=partial(OptimWrapper, opt=torch.optim.AdamW))
+
+# each optimizer with each first and with each second step, and each first with each second
+@pytest.mark.parametrize('first,second,optimizer', [(first, second, list(OPTIMIZERS)[(i + j)%4]) for i, first in enumerate(FIRST) for j, second in enumerate(STEPS)])
+def test_any_order(first, second, optimizer, tmp_path):
     "fastai leaves a plain dict for the optimizer's state when it loads one, and a new parameter was a KeyError there"
-    learn = fit(make(opt_func, split, path=tmp_path))
+    learn = fit(make(OPTIMIZERS[optimizer], split, path=tmp_path))
     for name in (first, second, 'insert', 'fit', 'save and load', 'remove', 'fit', 'replace', 'freeze', 'fit', 'export', 'remove', 'unfreeze', 'fit', 'save and load', 'fit'):
         STEPS[name](learn)
         assert ids(p for g in learn.opt.param_lists for p in g) == ids(learn.model.parameters()), name

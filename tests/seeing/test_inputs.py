@@ -237,7 +237,10 @@ def test_pictures_of_different_sizes_go_one_by_one(loaders, tmp_path):
     assert learn.show_receptive_field().shape == (2,)
     interp = AttentionInterpretation.from_learner(learn)
     close(torch.tensor(interp.df.distance), torch.stack([r.stats['2'].distance.mean() for r in want]).double(), rtol=1e-4, atol=1e-4)
-    assert interp.plot_top(k=3).shape == (3, 2)
+    axs = interp.plot_top(k=3)
+    sides = [SIDES[i] for i in interp.top(k=3).picture]
+    assert [ax.images[0].get_array().shape[:2] for ax in axs[:, 0]] == sides and all(ax.get_aspect() == 1 for ax in axs.flat)
+    assert repr(pictures(learn, max_n=2)).startswith('Pictures, 2 of 3x') and 'in 2 passes: picture 0, picture 1' in repr(pictures(learn, max_n=2))
 
 
 def test_axes_for_pictures_of_different_sizes():

@@ -52,6 +52,7 @@ def test_pictures_of_the_validation_set_and_of_files(files):
     learn = learner(files)
     p = check(pictures(learn), files[5:8])
     assert p.items == files[5:8] and p.names == ['05.png', '06.png', '07.png']
+    assert repr(p) == 'Pictures, 3 of 3x20x28, in 1 pass: 05.png, 06.png, 07.png'
     assert len(check(pictures(learn, max_n=99), files[5:]).items) == 4                       # more than there are
     p = check(pictures(learn, [files[7], str(files[0])], max_n=1), [files[7], files[0]])
     assert p.names == ['07.png', '00.png'] and p.items == [files[7], str(files[0])]
