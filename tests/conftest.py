@@ -1,10 +1,10 @@
 import gc, os, re, shutil, subprocess, sys
 from pathlib import Path
-import fastai.callback.all  # noqa: F401  gives `Learner` `no_bar`, `fit_one_cycle` and the like, whichever test comes first
-import pytest, torch
+import pytest
 from hypothesis import settings
 from processes import python
-from torch.profiler import ProfilerActivity, profile
+
+# Neither torch nor fastai is imported here: the process that only hands out tests to those of pytest-xdist need not wait for them.
 
 root = Path(__file__).resolve().parent.parent
 bin_dir = Path(sys.executable).parent
@@ -53,9 +53,7 @@ def copy_project(dest):
     return dest
 
 # One thread for each process of pytest-xdist, and for what it starts, so that they do not wait for each other; and in CI the same examples every time.
-if 'PYTEST_XDIST_WORKER' in os.environ:
-    torch.set_num_threads(1)
-    os.environ.setdefault('OMP_NUM_THREADS', '1')
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')
 settings.register_profile('ci', derandomize=True, deadline=None)
 if os.environ.get('CI'): settings.load_profile('ci')
 
@@ -65,11 +63,12 @@ SLOW = {'compiles, or exports to another format': r'compil|onnx|tensorboard|weig
                             r'only_learner_patches|imported_by_the_module|repainted_at_its_own',
         'measures memory': r'memory|streamed|peak|no_tensor_of',
         'breaks off at each of many steps': r'failure_at_any_step|interrupted|hooks_and_handles|however_training_ends|nothing_is_left_behind',
-        'trains or builds whole U-Nets': r'test_versus|bit_by_bit|test_encoders|test_folder|full_disk|goes_on_as|the_whole_journey|any_order|orders|whole_study|'
-                                         r'known_to_help|optimizer_goes_on|leaves_all_that_it_promises|ran_away',
-        "goes through other libraries' models": r'test_insert::\w*(bit_changes|in_the_way|taking_out|copies_go_on).*(resnet|densenet|convnext|efficientnet|timm|deeplab)|'
+        'trains or builds whole U-Nets': r'test_unet::|test_compare::|test_generators|fastais_own|unet\]|the_whole_journey|any_order|orders|whole_study|optimizer_goes_on',
+        'trains with data of every kind, and draws and films what it sees': r'test_loggers|test_inputs|test_learner::\w*(to_give|shown|drawing|stays|export|whatever|same_batch)',
+        'runs whole commands': r'test_walls|test_failures|test_versus|test_bench_commands|test_masks::test_a_run',
+        "goes through other libraries' models": r'test_(insert|upgrade|sites|axes)::.*(resnet|densenet|convnext|efficientnet|timm|deeplab)|'
                                                 r'test_upgrade::test_xresnet',
-        'lays out many figures': r'titles_neither|looks_right',
+        'lays out many figures': r'titles_neither|looks_right|test_plot::\w*(axes|tensors|choice|a_row|legend|headings)',
         "proves derivatives in double precision, or operators by PyTorch's own checks": r'gradcheck|promise_to_torch',
         'runs a whole page': r'test_notebooks'}
 
@@ -86,6 +85,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope='session', autouse=True)
 def heap():
     "What the imports made stays: the garbage collector, which some tests call, need not go through a million objects each time"
+    import fastai.callback.all  # noqa: F401  gives `Learner` `no_bar`, `fit_one_cycle` and the like, whichever test comes first
     gc.collect()
     gc.freeze()
 
@@ -110,14 +110,16 @@ class Counts:
 
 @pytest.fixture
 def counts():
-    torch._dynamo.reset()
+    from torch._dynamo import reset
+    reset()
     yield Counts()
-    torch._dynamo.reset()
+    reset()
 
 class Largest:
     "Remembers the most float32 elements that any allocation had, inside custom operators and in backward passes too"
     numel = 0
     def __enter__(self):
+        from torch.profiler import ProfilerActivity, profile
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.__enter__()
         return self

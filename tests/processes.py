@@ -27,6 +27,13 @@ def _run(text, argv, folder, log, env):
     sys.argv = ['-c', *map(str, argv)]
     exec(compile(text, '<text>', 'exec'), {'__name__': '__main__'})
 
+def started(text, *argv, folder, log, env={}):
+    "A process that runs `text` in `folder`, with all that it prints in the file `log`; Ctrl-C ends it as any other, also where pytest ignores it"
+    interrupts = 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n'
+    process = forks.Process(target=_run, args=(interrupts+text, argv, folder, log, env))
+    process.start()
+    return process
+
 def _wait_for(processes):
     "Start them all; end the others when one fails, since they might wait for it"
     for p in processes: p.start()

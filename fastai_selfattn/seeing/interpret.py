@@ -156,7 +156,9 @@ def _own_maps(model, p, points, name):
     return maps
 
 def _new_axes(n_rows, ratio, imsize):
-    figsize = min(7, 2*imsize*ratio+1),(imsize+.25)*n_rows
+    "Two columns for pictures `ratio` times as wide as high, below titles of three lines, no wider than a page"
+    width = min(3, imsize*ratio)
+    figsize = 2*width+1,(width/ratio+.6)*n_rows
     return plt.subplots(n_rows, 2, figsize=figsize, squeeze=False, layout='constrained')[1]
 
 # %% ../../nbs/api/seeing/interpret.ipynb #ae4107bc

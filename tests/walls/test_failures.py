@@ -17,6 +17,7 @@ import pytest
 import torch
 from fastai.learner import Learner, load_learner
 from PIL import Image
+from processes import started
 
 from fastai_selfattn import __version__
 from fastai_selfattn.__main__ import COMMANDS
@@ -273,7 +274,7 @@ def test_photos_of_every_kind_with_a_wall_and_without(paint, tmp_path, monkeypat
 # --- manners ---
 
 def process(command, *args, **kw):
-    code = f'import sys; sys.argv[0] = {command!r}; from fastai_selfattn.__main__ import start; sys.exit(start({command!r}))'
+    code = f'import sys; sys.argv[0] = {command!r}; from fastai_selfattn.__main__ import start; print("starting", flush=True); sys.exit(start({command!r}))'
     return subprocess.Popen([sys.executable, '-c', code, *args], stderr=subprocess.PIPE, text=True,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **kw)      # ignored where pytest runs in the background
 
@@ -281,7 +282,7 @@ def test_each_command_in_a_process_tells_its_version():
     listed = subprocess.run([sys.executable, '-m', 'fastai_selfattn'], capture_output=True, text=True, check=True).stdout
     for command in COMMANDS:
         p = process(command, '--version', stdout=subprocess.PIPE)
-        assert p.communicate() == (f'{command} {__version__}\n', '') and command in listed
+        assert p.communicate() == (f'starting\n{command} {__version__}\n', '') and command in listed
     assert subprocess.run([sys.executable, '-m', 'fastai_selfattn', '--version'], capture_output=True, text=True).stdout == f'fastai-selfattn {__version__}\n'
 
 @pytest.mark.parametrize('main,prog', [(walls_main, 'selfattn-walls'), (recolor_main, 'selfattn-recolor'), (bench_main, 'selfattn-bench'), (bench_logging_main, 'selfattn-bench-logging')])
@@ -291,7 +292,8 @@ def test_version_of_each_function(main, prog, capfd):
 
 @pytest.mark.parametrize('seconds', [.3, 2.5])
 def test_ctrl_c_in_a_process_that_imports(tmp_path, seconds):
-    p = process('selfattn-walls', '--out', str(tmp_path/'run'), stdout=subprocess.DEVNULL)
+    p = process('selfattn-walls', '--out', str(tmp_path/'run'), stdout=subprocess.PIPE)
+    assert p.stdout.readline() == 'starting\n'     # Python itself is up
     time.sleep(seconds)
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=100)
@@ -304,9 +306,11 @@ def test_a_process_without_a_terminal_prints_a_line_for_each_epoch_and_no_warnin
     assert '\r' not in out and len(out) < 2000
 
 def test_a_process_whose_output_goes_nowhere_says_so_before_it_trains(tmp_path, data):
-    with open('/dev/full', 'w') as full: p = process('selfattn-walls', *TINY, '--data', str(data), '--out', str(tmp_path/'run'), stdout=full)
-    _, err = p.communicate(timeout=300)
-    assert (p.returncode, err) == (1, 'selfattn-walls: cannot write to the standard output: No space left on device\n') and not names(tmp_path)
+    code = "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1); import sys; from fastai_selfattn.__main__ import start; sys.exit(start('selfattn-walls'))"
+    p = started(code, *TINY, '--data', data, '--out', tmp_path/'run', folder=tmp_path, log=tmp_path/'log')
+    p.join()
+    assert (tmp_path/'log').read_text() == 'selfattn-walls: cannot write to the standard output: No space left on device\n'
+    assert p.exitcode == 1 and names(tmp_path) == {'log'}
 
 def test_an_output_that_breaks_off_while_training_costs_nothing(tmp_path, data, monkeypatch, capfd):
     "As of `| head -3`"

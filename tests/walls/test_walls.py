@@ -1,4 +1,5 @@
 "The wall job from outside: data sets good and bad, repainting, and the two commands"
+import os
 import re
 import signal
 import subprocess
@@ -12,7 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import root
 from PIL import Image
+from processes import python, started
 
 from fastai_selfattn.walls import commands as walls
 from fastai_selfattn.walls.rooms import make_rooms
@@ -253,15 +256,15 @@ def test_pretrained_is_asked_of_the_encoder_and_trained_as_a_whole(tmp_path, roo
 
 def test_ctrl_c_ends_cleanly_with_the_table_so_far(tmp_path, rooms):
     out = tmp_path/'run'
-    p = subprocess.Popen([Path(sys.executable).parent/'selfattn-walls', '--epochs', '500', '--bs', '4', '--size', '32', '--data', rooms, '--out', out],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # ignored where pytest runs in the background
+    p = started('import sys; from fastai_selfattn.walls.commands import walls_main; sys.exit(walls_main())',
+                '--epochs', '500', '--bs', '4', '--size', '32', '--data', rooms, '--out', out, folder=tmp_path, log=tmp_path/'log')
     for _ in range(1200):
         time.sleep(.1)
-        if p.poll() is not None or (out/'table.csv').exists() and len((out/'table.csv').read_text().splitlines()) > 2: break
-    p.send_signal(signal.SIGINT)
-    _, err = p.communicate(timeout=60)
-    assert p.returncode == 130 and 'Traceback' not in err and f'stopped; the table so far is in {out}/table.csv' in err
+        if p.exitcode is not None or (out/'table.csv').exists() and len((out/'table.csv').read_text().splitlines()) > 2: break
+    os.kill(p.pid, signal.SIGINT)
+    p.join(60)
+    said = (tmp_path/'log').read_text()
+    assert p.exitcode == 130 and 'Traceback' not in said and f'stopped; the table so far is in {out}/table.csv' in said
     table = pd.read_csv(out/'table.csv')
     assert len(table) >= 2 and table.gamma.notna().all()
 
@@ -269,7 +272,7 @@ def test_ctrl_c_ends_cleanly_with_the_table_so_far(tmp_path, rooms):
 def test_what_training_needs_of_fastai_is_imported_by_the_module_itself():
     "In a process that has imported nothing else"
     code = "import fastai_selfattn.walls.train; from fastai.learner import Learner; Learner.no_bar, Learner.fit_one_cycle"
-    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
+    python(code, folder=root)
 
 @pytest.mark.parametrize('rest', [10, 128, 250])
 def test_a_wall_that_is_lit_unlike_the_rest_of_the_photo(rest):
@@ -295,9 +298,7 @@ def photo(tmp_path):
     return tmp_path/'IMG_1.JPG'
 
 def test_a_photo_is_repainted_at_its_own_resolution(finished, photo, tmp_path):
-    res = subprocess.run([Path(sys.executable).parent/'selfattn-recolor', '--model', finished[0]/'export.pkl', '--color', '#7aa6c2', '--mask', '--out', tmp_path/'new', photo],
-                         capture_output=True, text=True)
-    assert res.returncode == 0, res.stderr
+    assert recolor_main(['--model', str(finished[0]/'export.pkl'), '--color', '#7aa6c2', '--mask', '--out', str(tmp_path/'new'), str(photo)]) == 0
     assert {f.name for f in (tmp_path/'new').iterdir()} == {'IMG_1-7aa6c2.JPG', 'IMG_1-mask.png'}
     new, mask = Image.open(tmp_path/'new'/'IMG_1-7aa6c2.JPG'), Image.open(tmp_path/'new'/'IMG_1-mask.png')
     assert new.size == mask.size == (210, 150) and set(np.unique(mask)) <= {0, 255}
