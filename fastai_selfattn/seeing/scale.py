@@ -13,6 +13,7 @@ import math
 import numpy as np
 import torch
 from matplotlib.colors import Normalize
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from torch.nn import functional as F
 
@@ -62,13 +63,23 @@ def tops_of(maps, scale):
     return dict.fromkeys(rows, (max(2., most) if scale == 'all' else scale, most))
 
 # %% ../../nbs/api/seeing/scale.ipynb #78bf3a67
+def _at_the_edges(axs):
+    "Of `axs`, those that tell a constrained layout where a colour bar beside them all belongs: it measures the bar once for each, and slowly"
+    specs = [ax.get_subplotspec() for ax in axs]
+    constrained = isinstance(axs[0].figure.get_layout_engine(), ConstrainedLayoutEngine)
+    if not constrained or None in specs or len({s.get_gridspec() for s in specs}) > 1: return list(axs)
+    sides = lambda s: s.rowspan.start, lambda s: -s.rowspan.stop, lambda s: s.colspan.start, lambda s: -s.colspan.stop
+    edges = {min(range(len(axs)), key=lambda i: side(specs[i])) for side in sides}
+    return [axs[i] for i in sorted(edges)]
+
 def attention_bar(axs, label='attention,\n1 = average', strongest=0., **kwargs):
     "A colour bar beside `axs`, for the map drawn last, with a line at 1; an arrow with a number if the `strongest` is above its top"
     last = axs[-1].images[-1]
     fraction = .046 if len(axs) == 1 else .035
     top,is_cut = last.norm.vmax,strongest > last.norm.vmax*1.0001
     if is_cut: kwargs = kwargs | dict(extend='max')
-    bar = axs[-1].figure.colorbar(last, ax=list(axs), fraction=fraction, pad=.015, shrink=.9, anchor=(0,1), **kwargs)
+    bar = axs[-1].figure.colorbar(last, ax=_at_the_edges(axs), fraction=fraction, pad=.015, shrink=.9, anchor=(0,1), **kwargs)
+    for ax in axs: ax.set_anchor(last.axes.get_anchor())     # as beside a bar, which not all are told
     if isinstance(last.norm, Averages): bar.locator = last.norm.ticks
     if is_cut:
         below = [t for t in last.norm.ticks.tick_values(0, top) if last.norm(t) < .85]
