@@ -53,7 +53,7 @@ def copy_project(dest):
     return dest
 
 # pytest's capture of logs reads the loggers that pass nothing on, and PyTorch writes down every step of an export or a compilation
-# as soon as anyone reads the one of its traces: three quarters of the time of such a test.
+# as soon as anyone reads the one of its traces: a tenth of the time of such tests.
 logging.getLogger('torch.__trace').propagate = True
 
 # One thread for each process of pytest-xdist, and for what it starts, so that they do not wait for each other; and in CI the same examples every time.
