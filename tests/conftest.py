@@ -1,4 +1,4 @@
-import gc, os, re, shutil, subprocess, sys
+import functools, gc, logging, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from hypothesis import settings
@@ -52,6 +52,10 @@ def copy_project(dest):
         shutil.copy2(root/f, dest/f)
     return dest
 
+# pytest's capture of logs reads the loggers that pass nothing on, and PyTorch writes down every step of an export or a compilation
+# as soon as anyone reads the one of its traces: a tenth of the time of such tests.
+logging.getLogger('torch.__trace').propagate = True
+
 # One thread for each process of pytest-xdist, and for what it starts, so that they do not wait for each other; and in CI the same examples every time.
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')
 settings.register_profile('ci', derandomize=True, deadline=None)
@@ -97,6 +101,14 @@ def named(value):
 def checkout(tmp_path):
     "A copy of the project to run tools in"
     return copy_project(tmp_path/'checkout')
+
+@pytest.fixture(scope='session')
+def one_registry():
+    "PyTorch gathers its ONNX operators anew at each export, for a second; with this once"
+    registry = pytest.importorskip('torch.onnx._internal.exporter._registration').ONNXRegistry
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(registry, 'from_torchlib', staticmethod(functools.cache(registry.from_torchlib)))
+        yield
 
 class Counts:
     "A backend that counts the graphs it compiled and how often they ran"

@@ -37,9 +37,9 @@ def check(backend, qkv, do):
 @pytest.mark.parametrize('number', numbers)
 @pytest.mark.parametrize('shape', shapes, ids=str)
 def test_one_number_that_is_not_finite(backend, which, number, shape):
-    "5 inputs each, 900 in all; the formula leaves finite numbers in some of them"
+    "5 inputs each, of the largest 2, 792 in all; the formula leaves finite numbers in some of them"
     some = False
-    for seed in range(5):
+    for seed in range(2 if shape[1] == 530 else 5):
         qkv, g = inputs(shape, seed)
         t = qkv[which].view(-1)
         t[torch.randint(len(t), (1,), generator=g)] = number

@@ -208,7 +208,7 @@ def test_some_inputs_need_no_gradient(tiled):
         assert rel(torch.autograd.grad(attend(*frozen).sum(), t)[0], torch.autograd.grad(plain(*frozen).sum(), t)[0]) < 1e-10
 
 
-@pytest.mark.parametrize('scale', [1., .3])
+@pytest.mark.parametrize('tile,scale', [((1024, 512), 1.), ((5, 7), .3), ((1, 1), .3), ((64, 3), 1.)], indirect=['tile'], ids=named)
 def test_gradcheck_and_gradgradcheck(tile, scale):
     qkv = inputs(2, 5, 8, 3, 2)
     assert torch.autograd.gradcheck(lambda *a: attend(*a, scale), qkv)

@@ -79,7 +79,7 @@ print(describe([make, outer(3), partial(make, names=2), True, 'a', {'k': (1, 2.5
 def test_described_alike_in_other_processes():
     "Sets are not in the same order in every process, and line numbers do not count"
     import sys
-    said = {run(sys.executable, '-W', 'ignore', '-c', lines+code, cwd=root, PYTHONHASHSEED=seed) for lines,seed in (('', '1'), ('\n# a comment\n', '2'), ('', '3'))}
+    said = {run(sys.executable, '-W', 'ignore', '-c', lines+code, cwd=root, PYTHONHASHSEED=seed) for lines,seed in (('', '1'), ('\n# a comment\n', '2'))}
     assert len(said) == 1 and 'make #' in said.pop()
 
 def test_described_by_what_they_do():
