@@ -1,4 +1,4 @@
-import functools, gc, logging, os, re, shutil, subprocess, sys
+import functools, gc, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from hypothesis import settings
@@ -51,10 +51,6 @@ def copy_project(dest):
         (dest/f).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root/f, dest/f)
     return dest
-
-# pytest's capture of logs reads the loggers that pass nothing on, and PyTorch writes down every step of an export or a compilation
-# as soon as anyone reads the one of its traces: a tenth of the time of such tests.
-logging.getLogger('torch.__trace').propagate = True
 
 # One thread for each process of pytest-xdist, and for what it starts, so that they do not wait for each other; and in CI the same examples every time.
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')
