@@ -64,7 +64,7 @@ def tops_of(maps, scale):
 
 # %% ../../nbs/api/seeing/scale.ipynb #78bf3a67
 def _at_the_edges(axs):
-    "Of `axs`, those that tell a constrained layout where a colour bar beside them all belongs: it measures the bar once for each, and slowly"
+    "Of `axs`, those that say where a bar beside them all belongs; a constrained layout measures the bar once for each, and slowly"
     specs = [ax.get_subplotspec() for ax in axs]
     constrained = isinstance(axs[0].figure.get_layout_engine(), ConstrainedLayoutEngine)
     if not constrained or None in specs or len({s.get_gridspec() for s in specs}) > 1: return list(axs)
