@@ -35,4 +35,7 @@ def whole_file(
         yield new
         if file.exists(): shutil.copymode(file, new)
         new.replace(file)
+    except OSError as e:
+        if e.filename and Path(e.filename) == new: e.filename = str(file)     # the name that its reader knows
+        raise
     finally: remove_quietly(new)

@@ -3,8 +3,9 @@ import pytest
 from conftest import changed, contents, copy_project, root
 from processes import forks, nbdev_test
 
-notebooks = sorted(p.relative_to(root).as_posix() for p in (root/'nbs').rglob('*.ipynb')
-                   if not any(part.startswith(('_', '.')) for part in p.relative_to(root).parts))
+# The tutorials first: they train longest, and nobody shall wait for one alone at the end.
+notebooks = sorted((p.relative_to(root).as_posix() for p in (root/'nbs').rglob('*.ipynb')
+                    if not any(part.startswith(('_', '.')) for part in p.relative_to(root).parts)), reverse=True)
 
 @pytest.fixture(scope='module')
 def checkout(tmp_path_factory): return copy_project(tmp_path_factory.mktemp('notebooks')/'checkout')

@@ -119,6 +119,14 @@ def _maker(arch, learner, learner_args):
     return arch
 
 # %% ../../nbs/api/compare/compare.ipynb #d7c2f1b4
+def _check_layer_args(layer, layer_args, learner):
+    "What is meant for the function that makes Learners would otherwise be said of the layer, after much else"
+    def names(f): return inspect.signature(f).parameters
+    theirs = [n for n in layer_args if n in names(learner) and n not in names(layer)]
+    takes_all = any(p.kind == p.VAR_KEYWORD for p in names(layer).values())
+    if takes_all or not theirs: return
+    raise ValueError(f"`{theirs[0]}` is an argument of `{getattr(learner, '__name__', 'learner')}`, not of the layer: give `learner_args=dict({theirs[0]}=...)`")
+
 def compare_attention(
     dls:DataLoaders|Callable[[int],DataLoaders], # data, or a function of the seed that makes them, so that the split varies too
     arch:str|Callable, # an architecture, such as resnet34 or the name of one of timm; or a function of DataLoaders that makes a Learner
@@ -142,8 +150,9 @@ def compare_attention(
     "Train nets that differ by attention alone, and say whether it helps; `ValueError`/`TypeError` before any training if that cannot be"
     if not isinstance(dls, DataLoaders) and not callable(dls):
         raise TypeError(f"`dls` must be DataLoaders or a function of the seed that makes them, got {type(dls).__name__}")
-    make = _maker(arch, learner, learner_args)
     check_layer(layer)
+    _check_layer_args(layer, layer_args, learner)
+    make = _maker(arch, learner, learner_args)
     train,training = _training(epochs, lr, fit)
     placed,seeds = _placed(find_arms(arms, partial(layer, **layer_args) if layer_args else layer), where),_seeds(seeds)
     common = {'data':ONE_SPLIT if isinstance(dls, DataLoaders) else describe(dls), 'make':describe(make), 'training':training, **versions()}

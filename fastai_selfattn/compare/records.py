@@ -103,9 +103,10 @@ class Records:
         path:str|Path=None, # a file to go on with, or to make; nothing is written if None
     ):
         self.settings,self.runs,self.path = settings,[],Path(path) if path is not None else None
-        if self.path and self.path.exists(): self._go_on(*read_records(self.path))
-        elif self.path and not self.path.parent.is_dir():
-            raise ValueError(f"there is no folder {self.path.parent} for `path`: make it first")
+        if not self.path: return
+        if not self.path.parent.is_dir(): raise ValueError(f"there is no folder {self.path.parent} for `path`: make it first")
+        if not os.access(self.path.parent, os.W_OK): raise ValueError(f"cannot write to the folder {self.path.parent} of `path`: give another")
+        if self.path.exists(): self._go_on(*read_records(self.path))
 
 # %% ../../nbs/api/compare/records.ipynb #8a1aee8e
 @patch

@@ -734,7 +734,7 @@ tiles_compile = pytest.mark.skipif(tuple(map(int, torch.__version__.split('.')[:
 
 @tiles_compile
 def test_compile_the_tiled_kernel_in_one_graph():
-    with attention_backend('tiled'): compiled_as_eager(SelfAttention, 'aot_eager', sizes=((5, 7), (3, 5, 2)))
+    with attention_backend('tiled'): compiled_as_eager(SelfAttention, 'aot_eager', sizes=((3, 5, 2),))
     compiled_as_eager(SelfAttention, 'aot_eager', sizes=((29, 31), (37, 23)))
 
 @tiles_compile

@@ -214,3 +214,8 @@ def test_architectures_are_told_from_functions_of_data():
     for given in ((vision_learner, None), (unet_learner, dict(metrics=accuracy))):
         with pytest.raises(ValueError, match='leave them out'): _maker(net, *given)
     assert _maker(net, unet_learner, None) is net
+
+
+def test_what_is_meant_for_the_learner_is_not_said_of_the_layer():
+    with pytest.raises(ValueError, match=r'`pretrained` is an argument of `unet_learner`, not of the layer: give `learner_args=dict\(pretrained=...\)`'):
+        compare_attention(few, small_encoder, epochs=1, pretrained=False, gamma=1.)

@@ -68,6 +68,12 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, text):
 def test_no_folder(tmp_path):
     with pytest.raises(ValueError, match='no folder'): Records(settings(), tmp_path/'a'/'r.json')
 
+def test_a_folder_that_takes_nothing_is_said_before_anything_is_trained(tmp_path, monkeypatch):
+    "As on a read-only disk, where `os.access` says no to root too"
+    Records(settings(), tmp_path/'r.json')
+    monkeypatch.setattr('os.access', lambda folder, mode: (folder, mode) != (tmp_path, os.W_OK))
+    with pytest.raises(ValueError, match='cannot write to the folder'): Records(settings(), tmp_path/'r.json')
+
 code = '''
 from functools import partial
 from fastai_selfattn.compare.records import describe

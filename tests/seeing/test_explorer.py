@@ -17,6 +17,8 @@ import pytest
 import torch
 from conftest import contents, named
 from fastai.data.block import DataBlock, RegressionBlock
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.vision.core import imagenet_stats
@@ -667,6 +669,18 @@ def test_heads(browser, learn, page, recorded):
     browser.choose('layer in A', 'pooled · 18×30')
     assert 'head' not in browser.state()['a'] and not browser.find('label.head').is_displayed()
     assert browser.js('try { explorer.select({a:{model:0, layer:0, head:2}}) } catch (e) { return e.name }') == 'RangeError'
+
+
+def test_the_size_of_a_map_is_that_of_the_picture(browser, tmp_path):
+    torch.manual_seed(0)
+    data = [(torch.rand(3, *side), torch.rand(16, *side)) for side in ((12, 20), (20, 12))]
+    dls = DataLoaders(*(DataLoader(data, bs=1) for _ in range(2)))
+    learn = Learner(dls, nn.Sequential(nn.Conv2d(3, 16, 1), SelfAttention(16, gamma=1.)), loss_func=nn.MSELoss())
+    browser.open(attention_explorer(learn, fname=tmp_path/'a.html', max_n=2).path)
+    for picture, size in ((0, '12×20'), (1, '20×12'), (0, '12×20')):
+        browser.select(picture=picture)
+        assert browser.table()['feature map'] == f'{size} cells'
+        assert browser.js("return [...document.querySelectorAll('option')].map(o => o.textContent)").count(f'1 · {size}') >= 1
 
 
 def test_the_head_to_begin_with(browser, learn, tmp_path):
