@@ -70,6 +70,8 @@ SLOW = {'compiles, or exports to another format': r'compil|onnx|tensorboard|weig
                                                 r'test_upgrade::test_xresnet',
         'lays out many figures': r'titles_neither|looks_right|test_plot::\w*(axes|tensors|choice|a_row|legend|headings)',
         "proves derivatives in double precision, or operators by PyTorch's own checks": r'gradcheck|promise_to_torch',
+        'tries many combinations': r'one_number_that|options_against_the_formula|mean_colour|wall_share|watched_layers|into_the_same_model|half_precision_are|'
+                                   r'under_autocast|test_insert::test_(remove_)?where|func_transforms|any_shape_and_layout|float64_truth|budget_reaches',
         'runs a whole page': r'test_notebooks'}
 
 def pytest_addoption(parser, pluginmanager):
@@ -88,6 +90,12 @@ def heap():
     import fastai.callback.all  # noqa: F401  gives `Learner` `no_bar`, `fit_one_cycle` and the like, whichever test comes first
     gc.collect()
     gc.freeze()
+
+@pytest.fixture(autouse=True)
+def no_figures_left():
+    "Whichever test comes next may count figures"
+    yield
+    if pyplot := sys.modules.get('matplotlib.pyplot'): pyplot.close('all')
 
 def named(value):
     "The id of a parameter, without addresses in memory, which would differ between the processes of pytest-xdist"

@@ -36,11 +36,6 @@ from fastai_selfattn.walls.data import open_mask
 
 SIZE, POINTS = (30, 42), [(0, 41), (29, 0), (13, 31), (7, 7)]
 
-@pytest.fixture(autouse=True)
-def close():
-    yield
-    plt.close('all')
-
 @pytest.fixture(scope='module')
 def rooms(tmp_path_factory): return make_rooms(tmp_path_factory.mktemp('learner') / 'rooms', 7, SIZE)
 

@@ -125,7 +125,8 @@ def _check_layer_args(layer, layer_args, learner):
     theirs = [n for n in layer_args if n in names(learner) and n not in names(layer)]
     takes_all = any(p.kind == p.VAR_KEYWORD for p in names(layer).values())
     if takes_all or not theirs: return
-    raise ValueError(f"`{theirs[0]}` is an argument of `{getattr(learner, '__name__', 'learner')}`, not of the layer: give `learner_args=dict({theirs[0]}=...)`")
+    raise ValueError(f"`{theirs[0]}` is an argument of `{getattr(learner, '__name__', 'learner')}`, not of the layer: "
+                     f"give `learner_args=dict({theirs[0]}=...)`")
 
 def compare_attention(
     dls:DataLoaders|Callable[[int],DataLoaders], # data, or a function of the seed that makes them, so that the split varies too

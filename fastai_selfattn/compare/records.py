@@ -104,8 +104,9 @@ class Records:
     ):
         self.settings,self.runs,self.path = settings,[],Path(path) if path is not None else None
         if not self.path: return
-        if not self.path.parent.is_dir(): raise ValueError(f"there is no folder {self.path.parent} for `path`: make it first")
-        if not os.access(self.path.parent, os.W_OK): raise ValueError(f"cannot write to the folder {self.path.parent} of `path`: give another")
+        folder = self.path.parent
+        if not folder.is_dir(): raise ValueError(f"there is no folder {folder} for `path`: make it first")
+        if not os.access(folder, os.W_OK): raise ValueError(f"cannot write to the folder {folder} of `path`: give another")
         if self.path.exists(): self._go_on(*read_records(self.path))
 
 # %% ../../nbs/api/compare/records.ipynb #8a1aee8e

@@ -3,7 +3,6 @@ import io
 import subprocess
 from contextlib import redirect_stdout
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,11 +13,6 @@ from processes import extra
 from fastai_selfattn.bench import commands, measure
 from fastai_selfattn.bench.commands import bench_main, bench_table, plot_bench
 from fastai_selfattn.bench.contestants import CONTESTANTS, Contestant
-
-@pytest.fixture(autouse=True)
-def no_figures_left():
-    yield
-    plt.close('all')
 
 def args(out, *more): return ['--shapes', '1,16,5x6 1,16,7x9', '--contestants', 'ours,fastai', '--seconds', '.01', '--out', str(out), *more]
 

@@ -1,7 +1,6 @@
 "`selfattn-bench --gpu` without a GPU: its dry form, the kernels' stand-ins, the answers that a table gives, and what it refuses."
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,11 +14,6 @@ from fastai_selfattn.bench.commands import bench_main
 from fastai_selfattn.bench.gpu import CASES, DRY, DTYPES, ERRORS, FAR, FULL, NEAR_0, Job, all_jobs, run_job, run_jobs
 from fastai_selfattn.bench.ways import WAYS, Way
 from fastai_selfattn.shell import Failed
-
-@pytest.fixture(autouse=True)
-def no_figures_left():
-    yield
-    plt.close('all')
 
 def errors(way, dtype='float32', shape='2,36,6x7', case=NEAR_0):
     row = run_job(Job('error', dtype, shape, way, case), 'cpu', 0)

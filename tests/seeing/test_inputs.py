@@ -32,11 +32,6 @@ from fastai_selfattn.seeing.map_logger import AttentionMapLogger
 from fastai_selfattn.seeing.pictures import pictures
 from fastai_selfattn.seeing.record import AttentionRecorder
 
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    plt.close('all')
-
 def picture(seed, h=20, w=28): return torch.rand(3, h, w, generator=torch.Generator().manual_seed(seed))
 def target(seed, h=20, w=28): return torch.randint(0, 2, (h, w), generator=torch.Generator().manual_seed(seed))
 

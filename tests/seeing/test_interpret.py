@@ -26,11 +26,6 @@ from fastai_selfattn.walls.data import open_mask
 
 SIZE = 30, 42
 
-@pytest.fixture(autouse=True)
-def close():
-    yield
-    plt.close('all')
-
 @pytest.fixture(scope='module')
 def rooms(tmp_path_factory): return make_rooms(tmp_path_factory.mktemp('interpret') / 'rooms', 11, SIZE)
 

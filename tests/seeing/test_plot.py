@@ -24,11 +24,6 @@ from watched import top_weight
 
 H, W = 33, 50
 
-@pytest.fixture(autouse=True)
-def close():
-    yield
-    plt.close('all')
-
 def amap(h=3, w=5, seed=4): return torch.rand(h, w, generator=torch.Generator().manual_seed(seed)).flatten().softmax(0).view(h, w)
 
 def image(*lead): return torch.rand(*lead, H, W, generator=torch.Generator().manual_seed(6))
