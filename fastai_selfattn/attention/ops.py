@@ -12,7 +12,7 @@ __all__ = ['which_backend', 'Ran', 'attention_backend', 'attend', 'dot_attend', 
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -213,6 +213,10 @@ def _check(**tensors):
     plain = torch.compiler.is_compiling()     # a tensor that is being traced is a subclass too, and has to stay one
     return [t if plain or type(t) is Tensor else t.as_subclass(Tensor) for t in tensors.values()]
 
+def _no_autocast(t)->AbstractContextManager:
+    "Whatever autocast says, numbers are computed as this module says; the meta device knows no autocast"
+    return nullcontext() if t.device.type == 'meta' else torch.autocast(t.device.type, enabled=False)
+
 def attend(
     q:Tensor, # (bs, nq, d) query vectors
     k:Tensor, # (bs, nk, d) key vectors
@@ -229,7 +233,7 @@ def attend(
         for ran in _lists: ran.append(Ran(name, why, str(q.device), v.dtype, *q.shape[:2], k.shape[1], q.shape[2], v.shape[2]))
     compute = _recorded if why is RECORDED else _backends[name]
     if why is RECORDED and not torch.is_autocast_enabled(q.device.type): return compute(q, k, v, float(scale))     # nothing to record
-    with torch.autocast(q.device.type, enabled=False): return compute(q, k, v, float(scale))
+    with _no_autocast(q): return compute(q, k, v, float(scale))
 
 # %% ../../nbs/api/attention/ops.ipynb #112c4400
 def dot_attend(
@@ -241,7 +245,7 @@ def dot_attend(
     "Attention with weights `scale * q @ k.mT` (no softmax), in the cheaper order of products; `TypeError`/`ValueError` on unfit inputs"
     q,k,v = _check(q=q, k=k, v=v)
     (_,nq,d),(_,nk,dv) = q.shape,v.shape
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q):
         k,w,qs = k.to(precise(k)),v.to(precise(v)),scale*q.to(precise(q))
         by_pixels = nq*nk*(d+dv) < (nq+nk)*d*dv
         qt,kt,wt = (t.transpose(1, 2) for t in (qs,k,w))
@@ -271,7 +275,7 @@ def attention_weights(
     "Exact rows of `beta`: how much each chosen query pixel attends to every pixel; `TypeError`/`ValueError` on unfit inputs"
     q,k = _check(q=q, k=k)
     rows,dt = _check_rows(rows, q.shape[1], q.device),precise(q)
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q):
         logits = q[:,rows].to(dt)*scale @ k.to(dt).mT
         return logits.softmax(-1) if softmax else logits
 
@@ -307,7 +311,7 @@ def attention_stats(
     own,(q_at,k_at) = _check_rows(own, nk, q.device),(t.to(q.device, dt) for t in (q_at,k_at))
     out = q.new_empty(len(AttentionStats._fields), bs, nq, dtype=dt)
     n_images,rows = max(1, tiles.ROWS*tiles.COLS // max(1, nq*nk)),max(1, tiles.ROWS*tiles.COLS//nk)
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q):
         for qb,kb,outb in steps(0, n_images, q, k, out.transpose(0, 1)):
             kb = kb.to(dt).mT
             for qt,at,i,o in zip(qb.split(rows, 1), q_at.split(rows), own.split(rows), outb.split(rows, 2)):

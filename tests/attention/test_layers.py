@@ -706,6 +706,19 @@ def test_forward_mode_says_what_to_do(cls):
     with attention_backend('math'): close(jacfwd(layer)(x), jacrev(layer)(x), rtol=1e-4, atol=1e-5)
 
 
+@each
+@pytest.mark.parametrize('side', [6, 40])
+def test_shapes_on_the_meta_device(cls, side):
+    "Where models are laid out before there is memory for them, as `torchinfo` and FSDP do; fastai's layer runs there too"
+    with torch.device('meta'): made = cls(16)
+    for layer in (made, cls(16).to('meta')):
+        for train in (True, False):
+            x = torch.rand(2, 16, side, side + 1, device='meta', requires_grad=True)
+            y = layer.train(train)(x)
+            y.sum().backward()
+            assert y.shape == x.grad.shape == x.shape and y.device == layer.gamma.grad.device == x.device
+
+
 # compilers
 
 def compiled_as_eager(cls, backend, sizes=((5, 7), (5, 7), (6, 4)), **kwargs):
