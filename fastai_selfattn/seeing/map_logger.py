@@ -58,6 +58,7 @@ class _Look(NamedTuple):
     changes:dict
     stats:dict
     pools:dict
+    places:dict
 
 class _Seen(NamedTuple):
     "What was seen after an epoch: of all pictures at once, or one by one if their sizes differ"
@@ -254,7 +255,7 @@ def _overlays(self:AttentionMapLogger):
             axs = fig.subplots(1, len(look.points)+1, squeeze=False)
             maps = {name:look.maps[name][j:j+1]}
             show_attention(image[None], maps, look.points, titles=names[i:i+1], gammas=look.gammas, pools=look.pools,
-                           changes={name:look.changes[name][j:j+1]}, shapes=self.pictures.shapes[i:i+1], ax=axs)
+                           changes={name:look.changes[name][j:j+1]}, places=look.places, shapes=self.pictures.shapes[i:i+1], ax=axs)
             yield name,i,_rendered(fig)
 
 def _strip(image, n, imsize, height):

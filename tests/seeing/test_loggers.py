@@ -43,6 +43,8 @@ from fastai_selfattn.attention.kinds import short_names
 from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention
 from fastai_selfattn.seeing.record import AttentionRecorder
 from fastai_selfattn.attention.kinds import attention_layers
+from fastai_selfattn.placement.unet import unet_learner
+from fastai_selfattn.walls.data import rooms_dls
 from fastai_selfattn.walls.train import small_encoder
 
 COLUMNS, GRADS, CHANGES = (['%s_0' % k, '%s_2' % k] for k in ('gamma', 'grad', 'change'))
@@ -1036,6 +1038,18 @@ def test_training_a_unet_is_the_same_bit_by_bit(tmp_path):
     assert equal(everything(plain), everything(learn))
     assert len(attention_layers(learn.model)) == 1
     assert loggers[0].history.gamma.iloc[-1] == gammas(learn)[0] != 0 and not loggers[0].history[1:].isna().any(axis=None) and loggers[1].maps()[1] == [0, 1, 2]
+
+
+def test_overlays_name_the_place_before_the_path(tmp_path, monkeypatch):
+    drawn, draw = [], map_logger.show_attention
+    def show(*args, **kwargs):
+        axs = draw(*args, **kwargs)
+        drawn.append(axs[0, 0].texts[0].get_text())
+        return axs
+    monkeypatch.setattr(map_logger, 'show_attention', show)
+    learn = unet_learner(rooms_dls(8, 32, bs=4), small_encoder, pretrained=False, self_attention=True, n_out=2)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=AttentionMapLogger(max_n=1, path=tmp_path / 'maps'))
+    assert len(drawn) == 2 and all('decoder.1 (layers.5.conv2.2)' in text for text in drawn)
 
 
 # --- what fails outside does not end training
