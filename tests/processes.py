@@ -8,7 +8,8 @@ from pathlib import Path
 
 # Not fastai: its modules patch `Learner`, and a notebook that lacks an import of them shall fail in the tests as it would for its reader.
 forks = multiprocessing.get_context('forkserver')
-forks.set_forkserver_preload(['torchvision', 'torch._dynamo', 'pandas', 'scipy.stats', 'sklearn', 'matplotlib.pyplot', 'IPython', 'nbdev.test'])
+forks.set_forkserver_preload(['torchvision', 'torch._dynamo', 'pandas', 'scipy.stats', 'sklearn', 'matplotlib.pyplot', 'IPython', 'nbdev.test', 'wandb',
+                              'timm', 'plum'])
 
 def nbdev_test(notebook, folder, log):
     "The command `nbdev-test` in `folder`, its output in the file `log`"
