@@ -102,14 +102,15 @@ def train(learn, epochs, lr):
 
 ARMS = {'attention':'attention', 'gamma from 0':SelfAttention, 'uniform':'uniform', 'context':'context', 'conv3':'conv3', 'hourglass':Hourglass}
 
-def run(args, experiment, arms, epochs=EPOCHS, where='middle'):
-    "The runs of `arms`; the arms of all experiments on these pictures share a record, so that none is trained twice"
+def run(args, experiment, arms, epochs=EPOCHS, where='middle', lr=LR):
+    "The runs of `arms`; the arms of all experiments on these pictures share a record for each learning rate, so that none is trained twice"
     n,n_valid,size,large = (16,4,24,(32,)) if args.smoke else (N,N_VALID,SIZE,LARGE)
     if args.smoke: epochs = 1
-    setting = dict(form='flat', size=size, steps=epochs*(n//8))
-    return compare(args, experiment, f"swatches-{setting['steps']}steps", setting, partial(data, n=n, n_valid=n_valid, size=size),
+    setting = dict(form='flat', size=size, steps=epochs*(n//8)) | ({} if lr == LR else {'lr':lr})
+    name = f"swatches-{setting['steps']}steps" + ('' if lr == LR else f'-lr{lr:g}')
+    return compare(args, experiment, name, setting, partial(data, n=n, n_valid=n_valid, size=size),
                    partial(make, n_valid=n_valid, size=size, large=large), where=where, arms=arms,
-                   fit=partial(train, epochs=epochs, lr=LR), gamma=1.)
+                   fit=partial(train, epochs=epochs, lr=lr), gamma=1.)
 
 def main(argv=None):
     p = options(__doc__, seeds=5)

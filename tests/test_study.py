@@ -1,11 +1,12 @@
 "The scripts of the study run, resume, and write csv files that say what was run"
 import importlib
 
+import fastai_selfattn.learner  # noqa: F401  gives `Learner` its `insert_attention`
 import pandas as pd
 import pytest
 from conftest import root
 
-SCRIPTS = {'swatches':7, 'starting':10, 'where':7, 'walls':4, 'gan':7, 'swatch_rooms':4}     # arms of each
+SCRIPTS = {'swatches':7, 'starting':11, 'rates':4, 'where':7, 'walls':4, 'gan':7, 'swatch_rooms':4}     # arms of each
 
 @pytest.fixture
 def script(monkeypatch):
@@ -19,12 +20,24 @@ def test_smoke_trains_whole_study(script, tmp_path, name):
     script(name).main(args)
     file, = tmp_path.glob('study-*.csv')
     df = pd.read_csv(file)
-    assert file.name.startswith(f'study-{name}-torch') and len(df) == df['arm'].nunique() == SCRIPTS[name]
+    each = df.groupby('lr') if name == 'rates' else [(None, df)]
+    assert file.name.startswith(f'study-{name}-torch') and len(each) == (4 if name == 'rates' else 1)
+    for _,runs in each: assert len(runs) == runs['arm'].nunique() == SCRIPTS[name]
     assert {'steps','layer','seed','loss','training','machine','torch','fastai','package version','date'} <= set(df)
     assert df['failed'].isna().all() and df['loss'].notna().all() and (df['steps'] == (3 if name == 'gan' else 2)).all()
     before = file.read_bytes()
     script(name).main(args)
     assert file.read_bytes() == before      # nothing trained anew
+
+def test_gamma_is_spared_the_decay_in_one_start_only(script):
+    decayed = {}
+    for name in ('gamma from 0','gamma from 0, no decay'):
+        learn = script('swatches').make(script('swatches').data(0, 16, 4, 24), 4, 24, (32,))
+        learn.insert_attention('middle', layer=script('starting').ARMS[name])
+        learn.create_opt()
+        gamma, = (m.gamma for m in learn.model.modules() if hasattr(m, 'gamma'))
+        decayed[name] = learn.opt.state[gamma].get('do_wd', True)
+    assert decayed == {'gamma from 0':True, 'gamma from 0, no decay':False}
 
 def test_experiments_on_the_same_pictures_share_runs(script, tmp_path):
     study = script('study')
