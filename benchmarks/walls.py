@@ -66,13 +66,14 @@ def make(dls, halvings): return Learner(dls, SmallUNet(halvings), loss_func=Cros
 
 ARMS = {'attention':'attention', 'gamma from 0':SelfAttention, 'uniform':'uniform', 'context':'context', 'conv3':'conv3'}
 
-def run(args, ambiguity, halvings, epochs):
+def run(args, ambiguity, halvings, epochs, arms, experiment='walls', where='middle'):
+    "The runs of `arms` on some rooms with some net; all experiments on these share a record, so that none is trained twice"
     n,n_valid,size = (16,4,48) if args.smoke else (N,N_VALID,SIZE)
     if args.smoke: epochs = 1
     setting = dict(ambiguity=ambiguity, halvings=halvings, size=size, steps=epochs*(n//BS))
     name = f"walls-ambiguity{ambiguity:g}-{halvings}halvings-{setting['steps']}steps"
-    return compare(args, 'walls', name, setting, partial(data, n=n, n_valid=n_valid, size=size, ambiguity=ambiguity),
-                   partial(make, halvings=halvings), where='middle', arms={a:ARMS[a] for a in args.arms}, epochs=epochs, lr=LR, gamma=1.)
+    return compare(args, experiment, name, setting, partial(data, n=n, n_valid=n_valid, size=size, ambiguity=ambiguity),
+                   partial(make, halvings=halvings), where=where, arms=arms, epochs=epochs, lr=LR, gamma=1.)
 
 def main(argv=None):
     p = options(__doc__, seeds=5)
@@ -82,6 +83,6 @@ def main(argv=None):
     p.add_argument('--long', action='store_true', help=f'{LONG*N//BS} steps in place of {EPOCHS*N//BS}')
     args = p.parse_args(argv)
     for ambiguity in args.ambiguity:
-        for halvings in args.halvings: run(args, ambiguity, halvings, LONG if args.long else EPOCHS)
+        for halvings in args.halvings: run(args, ambiguity, halvings, LONG if args.long else EPOCHS, {a:ARMS[a] for a in args.arms})
 
 if __name__ == '__main__': main()
