@@ -2,6 +2,7 @@
 import configparser, email, importlib.metadata, re, runpy, subprocess, sys, zipfile
 import pytest, yaml
 from conftest import bin_dir, changed, contents, copy_project, project_files, root, run
+from processes import python
 try: import tomllib
 except ImportError: import tomli as tomllib
 
@@ -114,7 +115,7 @@ def test_wheel_metadata(wheel):
 def test_installed_modules_import(installed):
     "Each module of the tree is in the wheel, imports alone from there, and there is no other"
     code = f'''
-import sys; sys.path.insert(0, {str(installed)!r})
+import sys, warnings; sys.path.insert(0, {str(installed)!r}); warnings.simplefilter('ignore')
 import importlib, pkgutil, fastai_selfattn
 found = [fastai_selfattn.__name__, *(m.name for m in pkgutil.walk_packages(fastai_selfattn.__path__, 'fastai_selfattn.'))]
 for name in found:
@@ -125,7 +126,7 @@ for name in found:
 '''
     files = [f for f in project_files() if f.startswith('fastai_selfattn/') and f.endswith('.py')]
     tree = {f.removesuffix('.py').removesuffix('/__init__').replace('/', '.') for f in files}
-    assert set(run(sys.executable, '-I', '-W', 'ignore', '-c', code, cwd=installed).split()) == tree and 'fastai_selfattn.walls.rooms' in tree
+    assert set(python(code, folder=installed).split()) == tree and 'fastai_selfattn.walls.rooms' in tree
 
 def test_processes_are_one_without_xdist():
     "`pytest -p no:xdist` starts, whatever pyproject.toml says of xdist's options"
@@ -140,7 +141,17 @@ def test_entry_points(installed):
 
 @pytest.mark.parametrize('script', [s.split('=')[0] for s in lines('console_scripts')])
 def test_console_script(script, installed):
-    assert f'usage: {script}' in run(installed/'bin'/script, '--help', cwd=installed, PYTHONPATH=str(installed))
+    "The script that pip wrote, run as a shell would, but in a process that need not import torch first"
+    code = f'''
+import runpy, sys
+sys.argv = [{script!r}, '--help']
+try: runpy.run_path({str(installed/'bin'/script)!r}, run_name='__main__')
+finally: print(sys.modules['fastai_selfattn'].__file__)
+'''
+    assert (installed/'bin'/script).read_text().startswith('#!')
+    said = python(code, folder=installed, PYTHONPATH=str(installed))
+    assert f'usage: {script}' in said and str(installed/'fastai_selfattn/__init__.py') in said
+
 
 
 def workflow(name): return yaml.safe_load(read(f'.github/workflows/{name}.yml'))

@@ -2,7 +2,6 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
@@ -187,11 +186,11 @@ def test_a_run_leaves_all_that_it_promises(finished, rooms):
     assert all((out/f).exists() for f in re.findall(r'\]\((.*?)\)', report)) and report.count('![') == 4
 
 def test_the_command_in_a_shell_does_the_same(finished, rooms, tmp_path):
-    res = subprocess.run([Path(sys.executable).parent/'selfattn-walls', *TINY, '--data', rooms, '--out', tmp_path/'run'], capture_output=True, text=True, cwd=tmp_path)
-    assert res.returncode == 0, res.stderr
+    script = Path(sys.executable).parent/'selfattn-walls'
+    there = python(f'import runpy; runpy.run_path({str(script)!r}, run_name="__main__")', *TINY, '--data', rooms, '--out', tmp_path/'run', folder=tmp_path)
     out, said = finished
     end = lambda text: text[text.index('test Dice'):]
-    assert end(res.stdout) == end(said).replace(str(out), str(tmp_path/'run'))
+    assert end(there) == end(said).replace(str(out), str(tmp_path/'run'))
     assert sorted(f.name for f in (tmp_path/'run').iterdir()) == sorted(f.name for f in out.iterdir())
 
 def test_the_same_seed_gives_the_same_run(tmp_path, monkeypatch, capfd):
