@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 
@@ -24,34 +24,48 @@ from . import __version__, files
 from .files import remove_quietly
 
 # %% ../nbs/api/shell.ipynb #15c1fbd8
+def one_line(
+    text:str, # with names that came from outside
+)->str:
+    "`text` with line breaks, and whatever a terminal might obey or cannot show, written as Python writes it"
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
 class CommandParser(argparse.ArgumentParser):
     "An `ArgumentParser` with `--version`, whose errors are one line, with status 2"
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
 
-    def error(self, message): self.exit(2, f'{self.prog}: {message}\n')
+    def error(self, message): self.exit(2, f'{self.prog}: {one_line(message)}\n')
+
+_MOST = 2**31-1     # numpy's seeds and PyTorch's sizes and counts may be as large
+
+def _not_above(most, v, s):
+    if v > most: raise argparse.ArgumentTypeError(f'must be {most} or less, got {s}')
+    return v
 
 def at_least(
     lowest:float, # the smallest number that may be
     kind:type=int, # int or float
+    most:float=_MOST, # the largest
 )->Callable[[str],float]: # a `type` for `add_argument`
-    "Numbers from `lowest` on"
+    "Numbers from `lowest` to `most`"
     def parse(s):
         v = kind(s)
         if not v >= lowest: raise argparse.ArgumentTypeError(f'must be {lowest} or more, got {s}')
-        return v
+        return _not_above(most, v, s)
     parse.__name__ = kind.__name__
     return parse
 
 def more_than_0(
     kind:type, # int or float
+    most:float=_MOST, # the largest number that may be
 )->Callable[[str],float]: # a `type` for `add_argument`
-    "Finite numbers above 0"
+    "Numbers above 0"
     def parse(s):
         v = kind(s)
         if not 0 < v < math.inf: raise argparse.ArgumentTypeError(f'must be a number more than 0, got {s}')
-        return v
+        return _not_above(most, v, s)
     parse.__name__ = kind.__name__
     return parse
 
@@ -105,12 +119,36 @@ class Failed(Exception):
         super().__init__(sentence)
         self.status = status
 
+def out_of_memory(
+    e:BaseException, # what was raised
+)->bool:
+    "Whether it says so: Python and numpy by a `MemoryError`, PyTorch by its own on a GPU, and by its words on the CPU"
+    if not isinstance(e, RuntimeError): return isinstance(e, MemoryError)
+    return type(e).__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(e)
+
+def _of_os(e):
+    "The sentence for an `OSError`; one with a number and no file name is of the standard output, one without either of a download"
+    if e.filename: return f'{e.filename}: {reason(e)}'
+    return reason(e) if e.errno is None else f'cannot write to the standard output: {reason(e)}'
+
+# %% ../nbs/api/shell.ipynb #39303065
 def _say(prog, sentence):
     "Print to the standard error; a standard output that fails is left alone from here on"
-    try: print(f'{prog}: {sentence}', file=sys.stderr, flush=True)
+    try: print(f'{prog}: {one_line(sentence)}', file=sys.stderr, flush=True)
     except OSError: pass
     try: sys.stdout.flush()
     except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # else Python complains once more when it ends
+
+@contextmanager
+def _prints_any_name():
+    "What the standard output cannot encode is printed as Python writes it: file names need not be text, and terminals need not be UTF-8"
+    out = sys.stdout
+    errors = getattr(out, 'errors', None)
+    if errors == 'strict' and hasattr(out, 'reconfigure'): out.reconfigure(errors='backslashreplace')
+    try: yield
+    finally:
+        if errors == 'strict' and hasattr(out, 'reconfigure'):
+            with suppress(ValueError): out.reconfigure(errors=errors)     # it may be closed by now
 
 def in_one_sentence(
     prog:str, # the command
@@ -120,7 +158,8 @@ def in_one_sentence(
         @wraps(main)
         def run(argv=None):
             try:
-                try: status = main(argv)
+                try:
+                    with _prints_any_name(): status = main(argv)
                 except SystemExit as e: status = e     # of `--help`, or a parser's error
                 sys.stdout.flush()
                 if isinstance(status, SystemExit): raise status
@@ -128,7 +167,11 @@ def in_one_sentence(
             except Failed as e: said,status = str(e),e.status
             except NotWritten as e: said,status = str(e),1
             except KeyboardInterrupt: said,status = 'stopped',130
-            except OSError as e: said,status = (f"{e.filename}: " if e.filename else "cannot write to the standard output: ")+reason(e),1
+            except OSError as e: said,status = _of_os(e),1
+            except (MemoryError,RuntimeError) as e:
+                if not out_of_memory(e): raise
+                _,_,asked = reason(e).rpartition('DefaultCPUAllocator: ')     # before it stands where that was in PyTorch's code
+                said,status = f'not enough memory ({asked}): smaller pictures or batches take less',1
             _say(prog, said)
             return status
         return run

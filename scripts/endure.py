@@ -2,7 +2,7 @@
 
 python scripts/endure.py --sequences 10000 --seed 0           hours: 1 to 5 s a sequence, on two busy cores
 python scripts/endure.py --sequences 0 --faults               every function of the package fails once, in everything that is done with a Learner
-python scripts/endure.py --sequences 0 --fuzz 10000 --seed 0  layers and `attend` on any input
+python scripts/endure.py --sequences 0 --fuzz 10000 --seed 0  layers, `attend`, the commands and the explorer on any input
 
 A run that was stopped goes on where it was when the same command is given again. What is found is made as small as it can be and printed;
 it is kept, and tried first in the next run. Both are kept in the folder `.hypothesis`. The exit status is 1 if something was found."""
@@ -23,6 +23,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.stateful import run_state_machine_as_test
 
 import endurance
+import wild
 
 AT_ONCE = 50     # sequences, each of these lots with a seed of its own
 
@@ -46,7 +47,7 @@ def faults():
 
 def fuzz(seed_, n):
     "Run `n` inputs of each kind; raises what is found, as small as it can be"
-    for what,(cases,check) in endurance.FUZZED.items():
+    for what,(cases,check) in (endurance.FUZZED|wild.FUZZED).items():
         how = settings(max_examples=n, deadline=None, suppress_health_check=list(HealthCheck), database=None)
         seed(seed_)(how(given(cases)(lambda case: check(**case))))()
         print(f"{what}: {endurance.COUNTS[what]:,} inputs were right, {endurance.COUNTS[f'{what}: refused']:,} refused", flush=True)

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+import wild
 from endurance import COUNTS, DONE, FUZZED, Endurance, failures, fit, learners_for_faults, quietly, recorded, switched_off
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
@@ -32,11 +33,11 @@ def test_a_failure_at_any_step_changes_nothing(learners, name):
     assert not found and n > 2
 
 
-# --- layers and `attend` on any input
+# --- layers, `attend`, commands and the explorer on any input
 
-@pytest.mark.parametrize('what', FUZZED)
+@pytest.mark.parametrize('what', ALL := FUZZED|wild.FUZZED)
 def test_any_input(what):
-    cases,check = FUZZED[what]
+    cases,check = ALL[what]
     @seed(3)
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(cases)

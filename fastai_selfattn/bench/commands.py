@@ -112,7 +112,7 @@ def result_options(
     parser:CommandParser, # of a command that measures
 )->CommandParser: # the same
     "Give `parser` the options `--threads`, `--out` and `--overwrite`"
-    parser.add_argument('--threads', type=more_than_0(int), default=torch.get_num_threads(), metavar='N',
+    parser.add_argument('--threads', type=more_than_0(int, 1024), default=torch.get_num_threads(), metavar='N',
                         help="threads for PyTorch (%(default)s)")
     parser.add_argument('--out', type=Path, default=Path('benchmarks/results'), metavar='DIR',
                         help="folder for the results, made if need be (%(default)s)")

@@ -161,6 +161,7 @@ def _target(fname, overwrite):
     path = Path(fname)
     if path.suffix.lower() not in ('.html','.htm'):
         raise ValueError(f"`fname` must end in .html, so that a browser opens it; got {str(path)!r}")
+    if '\0' in str(path): raise ValueError(f"`fname` must be the name of a file, without a zero character; got {str(path)!r}")
     if not path.parent.is_dir(): raise ValueError(f"no folder {path.parent} to write {path.name} into: make it first")
     if path.is_dir(): raise ValueError(f"{path} is a folder: choose another name")
     if path.exists() and not overwrite and not _is_ours(path):
@@ -198,12 +199,13 @@ def _named_models(learn, label, others):
                         "further models go into `others`")
     if others is not None and not isinstance(others, dict):
         raise TypeError(f"`others` must be a dict, label -> model or Learner, got {type(others).__name__}")
+    for l in (label, *(others or ())):
+        if not isinstance(l, str): raise TypeError(f"the label of a model must be a str, got {l!r}")
     res = {label:learn.model}
     for other,m in (others or {}).items():
         if other == label: raise ValueError(f"two models have the label {label!r}: give the Learner's own another one with `label`")
         res[other] = m.model if isinstance(m, Learner) else m
     for l,m in res.items():
-        if not isinstance(l, str): raise TypeError(f"the label of a model must be a str, got {l!r}")
         if not isinstance(m, nn.Module): raise TypeError(f"the model {l!r} must be an nn.Module or a Learner, got {type(m).__name__}")
     return res
 

@@ -80,6 +80,7 @@ def _none(items, max_n):
     else: why = "the validation set is, as in a Learner that was exported"
     return ValueError(f"no pictures to show: {why}: give `items`")
 
+# %% ../../nbs/api/seeing/pictures.ipynb #545ddb81
 def _is_fastais(dls): return isinstance(dls.valid_ds, (Datasets,TfmdLists))     # data of others may have `items` too, of another meaning
 
 def _are_single(dl): return getattr(dl, 'bs', getattr(dl, 'batch_size', None)) == 1     # fastai's or PyTorch's loader
@@ -89,7 +90,14 @@ def _made(dl, shown, batch):
     if not _are_single(dl):
         try: return [as_sequence(batch(shown))]
         except Exception: pass     # pictures of different sizes make no batch; what else is wrong comes up again
-    return [as_sequence(batch(shown[i:i+1])) for i in range(len(shown))]
+    def one(i):
+        try: return as_sequence(batch(shown[i:i+1]))
+        except OSError: raise     # names the file
+        except Exception as e:
+            of = '' if isinstance(shown, pd.DataFrame) else f', a {type(shown[i]).__name__}'
+            error = TypeError if isinstance(e, TypeError) else ValueError
+            raise error(f"the Learner's pipeline makes no picture of number {i} of those given{of}: {type(e).__name__}: {e}") from e
+    return [one(i) for i in range(len(shown))]
 
 def _through_loader(dls, shown):
     "The batches that the pipeline of validation makes of the examples `shown`, and the loader that decodes them"
@@ -168,8 +176,10 @@ def pictures(
     which:int=0, # of several pictures that the model takes at once, the one to show
 )->Pictures:
     "Pictures to look at attention with; `ValueError` if there are none or if they are not 2d"
-    dls,(which,) = learn.dls,check_whole(0, which=which)
+    dls,(which,max_n) = learn.dls,check_whole(0, which=which, max_n=max_n)
     if isinstance(items, (str,Path,Image.Image)): items = [items]
+    if items is not None and not (hasattr(items, '__len__') and hasattr(items, '__getitem__')):
+        raise TypeError(f"`items` must be pictures, such as a list of file names, or what the model takes, got {type(items).__name__}")
     if len(dls.loaders) < 2:
         raise ValueError("these DataLoaders have no validation set, and its pipeline prepares the pictures: give the Learner one")
     with random_kept(): shown,batches,n_inp,dl = _batches(dls, items, max_n)

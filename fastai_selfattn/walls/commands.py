@@ -36,7 +36,8 @@ from .pictures import open_photo, open_upright
 from .report import in_words, plot_predictions, plot_recolored, save_figure, write_report
 from .run import Tries, ran_away, train_walls, write_whole
 from .versus import compare_walls, walls_of_seed
-from ..shell import CommandParser, Failed, NotWritten, at_least, check_folder, in_one_sentence, reason, uninterrupted, whole_file
+from ..shell import (CommandParser, Failed, NotWritten, at_least, check_folder, in_one_sentence, out_of_memory, reason,
+                                   uninterrupted, whole_file)
 from .rooms import make_rooms
 
 # %% ../../nbs/api/walls/commands.ipynb #8bd2b1e4
@@ -86,7 +87,7 @@ def _walls_parser():
     p.add_argument('--seeds', type=at_least(1), metavar='N', help=f"how many nets of each kind, with --compare ({_N_SEEDS})")
     p.add_argument('--gamma', type=at_least(0, float), default=0., metavar='G',
                    help="where gamma starts: 0 as in fastai, 1 for attention that is at work from the first step (%(default)s)")
-    p.add_argument('--seed', type=at_least(0), default=0, metavar='N',
+    p.add_argument('--seed', type=at_least(0, most=2**32-1), default=0, metavar='N',
                    help="the same seed gives the same rooms, split and start weights (%(default)s)")
     p.add_argument('--out', type=Path, metavar='DIR', help="new folder for the results; walls-run-1, -2, ... if not given")
     return p
@@ -154,8 +155,11 @@ def _prepare(args, arch, items, out):
     dls = wall_dls(train, valid, args.size, args.bs, **_how(args))
     given = {} if args.no_attention else dict(gamma=args.gamma)
     try: learn = wall_learner(dls, arch, self_attention=not args.no_attention, pretrained=args.pretrained, path=out, **given)
-    except OSError: raise     # of a standard output that fails
-    except Exception as e: raise ValueError(f"no U-Net on --arch {args.arch}: {reason(e)}") from e
+    except OSError as e:
+        if e.errno is not None or not args.pretrained: raise     # of a standard output that fails
+        raise Failed(f"cannot load the pretrained weights of --arch {args.arch}: {reason(e)}") from e
+    except Exception as e:
+        raise e if out_of_memory(e) else ValueError(f"no U-Net on --arch {args.arch}: {reason(e)}")
     return learn,test
 
 def _prepared(args):

@@ -325,6 +325,7 @@ def driver(tmp_path_factory):
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for arg in ('headless=new', 'no-sandbox', 'disable-gpu', 'disable-dev-shm-usage', 'disable-quic', 'no-first-run', 'disable-background-networking', 'disable-component-update', 'disable-sync',
+                'disable-ipc-flooding-protection',     # a test gives hundreds of addresses in a row
                 f'user-data-dir={tmp_path_factory.mktemp("chromium")}'): options.add_argument('--' + arg)
     options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=chromedriver))
@@ -709,6 +710,45 @@ def test_a_view_is_shared_by_its_address(browser, page):
         browser.js('location.hash = arguments[0]', bad)
         browser.driver.execute_async_script('setTimeout(arguments[0], 50)')
         assert browser.state() == before, bad
+
+
+def wild(rng, n=600):
+    "Addresses and keys, each with something odd in it or nothing"
+    odd = ['', '-1', '-7', '35', '36', '59', '60', '1e9', '1e999', '-0', 'NaN', '0.5', '1.5', 'x', '%', '%zz', '%00', '🛋', '__proto__', 'constructor', 'a.b', '0.0.0.0', '1,', ',', '0,0,0', '<b>', 'undefined', '99'*99]
+    some = lambda: rng.choice(odd) if rng.random() < .4 else str(rng.integers(0, 4))
+    values = dict(picture=some, point=lambda: f'{some()},{some()}', a=lambda: '.'.join(some() for _ in range(rng.integers(1, 4))), compare=some, same=some, opacity=some)
+    values |= dict(b=values['a'], **{'__proto__': some})
+    keys = ['ArrowUp', 'ArrowLeft', 'ArrowRight', 'n', 'p', 'h', 'l', 'm', 'c', '+', '-', '=', '0', '1', '9', 'F5', 'Dead', 'constructor', 'N', 'é']
+    for _ in range(n):
+        if rng.random() < .5: yield dict(hash='#' + '&'.join(f'{k}={values[k]()}' for k in rng.choice([*values], rng.integers(0, 5))))
+        else: yield dict(key=str(rng.choice(keys)), shiftKey=bool(rng.integers(2)))
+
+WILD = """
+const [inputs, done] = arguments, bad = [];
+const failed = e => bad.push(`${e.message || e.reason}`);
+addEventListener('error', failed), addEventListener('unhandledrejection', failed);
+const run = async () => {
+  await explorer.ready;
+  for (const [i, input] of inputs.entries()) {
+    if ('hash' in input) { location.hash = input.hash; dispatchEvent(new Event('hashchange')); }
+    else document.body.dispatchEvent(new KeyboardEvent('keydown', {...input, bubbles:true, cancelable:true}));
+    if (i % 8 === 0) await new Promise(requestAnimationFrame);
+    const s = explorer.state(), fine = i => Number.isInteger(i) && i >= 0;
+    if (![s.picture, ...s.point, s.a.model, s.a.layer, s.b.model, s.b.layer].every(fine) || !(s.opacity >= 0 && s.opacity <= 1)) bad.push(`${JSON.stringify(input)}: ${JSON.stringify(s)}`);
+    for (const name of 'ab') {
+      const [h, w, weights] = explorer.weights(name), sum = weights.reduce((a, b) => a + b, 0);
+      if (weights.length !== h*w || !(Math.abs(sum - 1) < 1e-4)) bad.push(`${JSON.stringify(input)}: weights of ${name} sum to ${sum}`);
+    }
+  }
+};
+run().catch(failed).then(() => done(bad));
+"""
+
+def test_any_address_and_any_key(browser, page):
+    browser.open(page)
+    assert browser.driver.execute_async_script(WILD, list(wild(np.random.default_rng(4)))) == []
+    browser.keys('c')     # it is still there for whoever comes next
+    assert isinstance(browser.state()['compare'], bool)
 
 
 def test_saved_as_a_png(browser, page, tmp_path):

@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from urllib.error import URLError
 
 import matplotlib.figure
 import numpy as np
@@ -323,3 +324,14 @@ def test_an_output_that_breaks_off_while_training_costs_nothing(tmp_path, data, 
     with redirect_stdout(Pipe()): assert walls_main(['--epochs', '3', *TINY[2:], '--data', str(data), '--out', str(tmp_path/'run')]) == 1
     one_sentence(capfd, 'selfattn-walls', 'cannot write to the standard output: Broken pipe; the model is .*export.pkl')
     assert names(tmp_path/'run') == ALL and len((tmp_path/'run'/'table.csv').read_text().splitlines()) == 4
+
+@pytest.mark.parametrize('error,says,status', [
+    (URLError('no network'), 'cannot load the pretrained weights of --arch resnet18: <urlopen error no network>', 1),
+    (MemoryError('Unable to allocate 9. GiB'), 'not enough memory (Unable to allocate 9. GiB): smaller pictures or batches take less', 1),
+    (torch.OutOfMemoryError('CUDA out of memory. Tried'), 'not enough memory (CUDA out of memory. Tried): smaller pictures or batches take less', 1),
+    (RuntimeError('mat1 and mat2'), 'no U-Net on --arch resnet18: mat1 and mat2', 2)], ids=['network', 'numpy', 'GPU', 'other'])
+def test_a_unet_that_cannot_be_made(tmp_path, data, monkeypatch, capfd, error, says, status):
+    def fails(*args, **kwargs): raise error
+    monkeypatch.setattr(commands, 'wall_learner', fails)
+    assert walls_main(['--arch', 'resnet18', '--pretrained', '--data', str(data), '--bs', '4', '--size', '32', '--out', str(tmp_path/'run')]) == status
+    assert capfd.readouterr().err == f'selfattn-walls: {says}\n' and not (tmp_path/'run').exists()
