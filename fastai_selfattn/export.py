@@ -101,9 +101,9 @@ def to_program(
     "Record a trained model as a program of PyTorch's operators; `ValueError`/`TypeError` for a Learner that cannot be"
     model,x = Deployed(learn, output),_example(learn, size)
     sides = {2:Dim.AUTO, 3:Dim.AUTO} if dynamic else {}
-    with whole_file(fname) if fname else nullcontext() as new:
+    with nullcontext() if fname is None else whole_file(fname) as new:
         program = torch.export.export(model, (x,), dynamic_shapes=({0:Dim.AUTO, **sides},))
-        if fname: torch.export.save(program, new, extra_files={'about.json':_about(learn, output, x, _dynamic(program))})
+        if new: torch.export.save(program, new, extra_files={'about.json':_about(learn, output, x, _dynamic(program))})
     return program
 
 def _dynamic(program):

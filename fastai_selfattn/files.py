@@ -23,14 +23,27 @@ def remove_quietly(
     try: file.unlink(missing_ok=True)
     except OSError: pass
 
+def file_path(
+    name:str|os.PathLike, # of a file or folder
+    argument:str='fname', # what it is called where the user gave it
+    kind:str='file', # or folder
+)->Path:
+    "`name` as a Path; `TypeError` or `ValueError` if it is none"
+    if not isinstance(name, (str,os.PathLike)): raise TypeError(f"`{argument}` must be the name of a {kind}, got {type(name).__name__}")
+    path = Path(name)
+    if '\0' not in str(path) and (path.name or kind != 'file'): return path
+    raise ValueError(f"`{argument}` must be the name of a {kind}, got {str(name)!r}")
+
 @contextmanager
 def whole_file(
     file:str|Path, # to be written, over one that is there
 )->Iterator[Path]: # the name to write to, in the same folder and with the same ending
     "A file that is there when the block has ended well, and as it was before if not; `FileNotFoundError` without its folder"
+    file_path(file)
     file = Path(os.path.realpath(file))     # a link stays a link
     if not file.parent.is_dir(): raise FileNotFoundError(f"no folder {file.parent} to write {file.name} into: make it first")
-    new = file.with_name(f'.unfinished-{secrets.token_hex(8)}{file.suffix}')     # several may be under way at once
+    ending = file.suffix or '.part'     # PyTorch takes no name that begins with a full stop and has no other
+    new = file.with_name(f'.unfinished-{secrets.token_hex(8)}{ending}')     # several may be under way at once
     try:
         yield new
         if file.exists(): shutil.copymode(file, new)

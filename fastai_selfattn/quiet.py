@@ -262,3 +262,21 @@ def check_whole(
         if isinstance(i, bool) or not isinstance(i, Integral): raise TypeError(f"`{name}` must be a whole number, {want}")
         if i < least: raise ValueError(f"`{name}` must be {want}")
     return [int(i) for i in args.values()]
+
+def check_type(
+    kind:type|tuple[type,...], # one class, or several
+    what:str, # the same in words
+    **args # name = value
+):
+    "`TypeError` that says what came and what was expected, unless all of `args` are of a `kind`"
+    for name,value in args.items():
+        if not isinstance(value, kind): raise TypeError(f"`{name}` must be {what}, got {type(value).__name__}")
+
+def check_size(
+    **args # name = value
+):
+    "`ValueError` unless each of `args` is (h, w), two numbers above 0"
+    for name,size in args.items():
+        try: fits = len(size) == 2 and all(s > 0 for s in size)
+        except TypeError: fits = False
+        if not fits: raise ValueError(f"`{name}` must be (h, w), two numbers above 0, got {size!r}")

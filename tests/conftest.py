@@ -71,7 +71,7 @@ SLOW = {'compiles, or exports to another format': r'compil|onnx|tensorboard|weig
         'lays out many figures': r'titles_neither|looks_right|test_plot::\w*(axes|tensors|choice|a_row|legend|headings)',
         "proves derivatives in double precision, or operators by PyTorch's own checks": r'gradcheck|promise_to_torch',
         'tries many combinations': r'one_number_that|options_against_the_formula|mean_colour|wall_share|watched_layers|into_the_same_model|half_precision_are|'
-                                   r'under_autocast|test_insert::test_(remove_)?where|func_transforms|any_shape_and_layout|float64_truth|budget_reaches',
+                                   r'under_autocast|test_insert::test_(remove_)?where|func_transforms|any_value|any_shape_and_layout|float64_truth|budget_reaches',
         'runs a whole page': r'test_notebooks'}
 
 def pytest_addoption(parser, pluginmanager):

@@ -25,7 +25,7 @@ from torch.nn.utils import spectral_norm, weight_norm
 from . import norms, ops
 from .norms import bake, normed_conv, settle, undo_of, without_hook
 from .ops import attend, dot_attend
-from ..quiet import check_whole, eval_mode
+from ..quiet import check_type, check_whole, eval_mode
 
 # %% ../../nbs/api/attention/layers.ipynb #79a30356
 class _Attention(nn.Module):
@@ -255,6 +255,7 @@ def fuse_attention(
     model:nn.Module, # any model with layers of this module, changed in place
 )->nn.Module: # `model`, predicting as before in eval mode
     "Bake the norms of all attention layers into plain weights, for inference; one-way; `ValueError` if there is nothing to bake"
+    check_type(nn.Module, 'an nn.Module', model=model)
     layers = [m for m in model.modules() if isinstance(m, _Attention)]
     convs = [conv for l in layers for conv in norms.normed(l)]
     if not convs:

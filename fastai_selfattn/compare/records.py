@@ -22,7 +22,7 @@ import torch
 from fastcore.basics import patch
 
 from .. import __version__
-from ..files import whole_file
+from ..files import file_path, whole_file
 
 # %% ../../nbs/api/compare/records.ipynb #a4d055d2
 _plain = bool,int,float,str,bytes,type(None)
@@ -102,7 +102,7 @@ class Records:
         settings:dict[str,dict[str,str]], # 'common' and 'arms', each name -> text
         path:str|Path=None, # a file to go on with, or to make; nothing is written if None
     ):
-        self.settings,self.runs,self.path = settings,[],Path(path) if path is not None else None
+        self.settings,self.runs,self.path = settings,[],None if path is None else file_path(path, 'path')
         if not self.path: return
         folder = self.path.parent
         if not folder.is_dir(): raise ValueError(f"there is no folder {folder} for `path`: make it first")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..attention import kinds
-from ..files import whole_file
+from ..files import file_path, whole_file
 from .insert import _put, _remember, _report
 from .optim import inserted_layers, watch
 from .sites import Site
@@ -108,20 +108,23 @@ def _check_same(model, about, fname):
                       "or the model predicts something else", stacklevel=3)
 
 # %% ../../nbs/api/placement/keep.ipynb #82b8587c
+def _with_suffix(fname):
+    path = file_path(fname)
+    return path if path.suffix else path.with_name(path.name+'.safetensors')
+
 def save_attention(
     model:nn.Module|Learner, # with layers that `insert_attention` put in
     fname:str|Path, # the file to write; `.safetensors` is added if it has no suffix; one that is there is replaced
 )->Path: # the file
     "Write the inserted attention layers of `model` with their places and options; `ValueError` if there is none or one cannot be kept"
-    model = bare_model(model_and_learner(model)[0])
+    model,fname = bare_model(model_and_learner(model)[0]),_with_suffix(fname)
     layers = inserted_layers(model)
     if not layers:
         raise ValueError(f"there is no inserted attention in this {type(model).__name__}: `save_attention` keeps what `insert_attention` "
                          "put in; layers that came with the model are kept with the model, as by `learn.save`")
     about = dict(version=__version__, model=_identity(model), layers=[_describe(path, l) for path,l in layers.items()])
     tensors = {f'{path}.{n}':t.detach().cpu().clone().contiguous() for path,l in layers.items() for n,t in l.state_dict().items()}
-    data,fname = save(tensors, {'fastai_selfattn':json.dumps(about)}),Path(fname)
-    if not fname.suffix: fname = fname.with_suffix('.safetensors')
+    data = save(tensors, {'fastai_selfattn':json.dumps(about)})
     with whole_file(fname) as new: new.write_bytes(data)
     return fname
 
@@ -157,11 +160,13 @@ def _site(about):
 # %% ../../nbs/api/placement/keep.ipynb #7fb97ff1
 def load_attention(
     model:nn.Module|Learner, # the model without attention, or with the very layers of the file; changed in place
-    fname:str|Path, # a file of `save_attention`
+    fname:str|Path, # a file of `save_attention`, by its name with `.safetensors` or without
     layer:Callable[[int],nn.Module]=None, # makes the layers of a class that `register_attention` does not know, from their channels
 )->list[str]: # paths of the layers
     "Put the attention layers of a file into the model they came from; `ValueError` if it is another, and then nothing has changed"
-    (model,learn),(about,tensors) = model_and_learner(model),_read(fname)
+    (model,learn),fname = model_and_learner(model),file_path(fname)
+    if not fname.exists(): fname = _with_suffix(fname)     # by which `save_attention` wrote it
+    about,tensors = _read(fname)
     model,there = bare_model(model),inserted_layers(bare_model(model))
     given = {l['path']:_below(l['path'], tensors) for l in about['layers']}
     _check_same(model, about, fname)

@@ -17,11 +17,14 @@ from fastai.optimizer import Lookahead, Optimizer, OptimWrapper
 from fastai.torch_core import norm_bias_params
 from torch import Tensor, nn
 
+from ..quiet import model_and_learner
+
 # %% ../../nbs/api/placement/optim.ipynb #862ccc78
 def inserted_layers(
-    model:nn.Module, # any model
+    model:nn.Module|Learner, # any model, or the Learner that has it
 )->dict[str,nn.Module]: # path -> layer
     "The layers that `insert_attention` put into `model`"
+    model,_ = model_and_learner(model)
     return {p:m for p,m in model.named_modules() if hasattr(m, 'attention_place')}
 
 # %% ../../nbs/api/placement/optim.ipynb #88aff1e7

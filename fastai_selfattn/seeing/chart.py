@@ -19,7 +19,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from .plot import given_axes, page_width
+from ..quiet import check_type
+from .plot import check_ax, given_axes, page_width
 
 # %% ../../nbs/api/seeing/chart.ipynb #5f888c61
 # Okabe and Ito's colours, told apart by people who are colour-blind
@@ -46,6 +47,8 @@ def plot_gamma(
     what:str='gamma', # columns `what` or `what_...`: 'gamma', 'grad', its gradient, or 'change', the share of the features that it changes
 )->Axes:
     "Draw gamma over the training steps, one line a layer, steps without a value left out; `ValueError` if there is nothing to draw"
+    check_type(pd.DataFrame, 'a DataFrame, as `GammaLogger.history`', history=history)
+    check_ax(ax)
     if what not in _gamma_labels: raise ValueError(f"`what` must be one of {', '.join(_gamma_labels)}, got {what!r}")
     names = [c for c in history.columns if c == what or c.startswith(what+'_')]
     if 'step' not in history or not names or not history[names].notna().any(axis=None):
@@ -75,6 +78,7 @@ def plot_attention_stats(
     ax:Sequence[Axes]=None, # two axes, a new figure if None
 )->np.ndarray: # two axes: entropy and distance
     "Draw how spread attention is and how far it reaches over the epochs, one line a layer; `ValueError` if there is nothing to draw"
+    check_type(pd.DataFrame, 'a DataFrame, as `AttentionMapLogger.stats`', stats=stats)
     needed = ['epoch','layer','entropy_share','distance']
     if not len(stats) or not set(needed) <= set(stats.columns):
         raise ValueError(f"`stats` must have rows and the columns {', '.join(needed)}, got {len(stats)} rows of {list(stats.columns)}")
@@ -129,6 +133,9 @@ def plot_sites(
     ax:Axes=None, # where to draw, a new one if None
 )->Axes:
     "Draw where attention can go in a model and what it costs in memory; `ValueError` if there is no map, or no site of a name in `chosen`"
+    check_ax(ax)
+    odd = [s for s in sites if not hasattr(s, 'map')]
+    if odd: raise TypeError(f"`sites` must be places, as `attention_sites` gives them, got {type(odd[0]).__name__}")
     sites = [s for s in sites if s.map]
     if not sites: raise ValueError("nothing to draw: none of `sites` has a map")
     chosen = _chosen_names(sites, chosen)

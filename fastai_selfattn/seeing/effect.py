@@ -16,13 +16,14 @@ import fastai.layers
 import pandas as pd
 import torch
 from fastai.callback import progress  # noqa: F401  gives `Learner` its `no_bar`
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from torch import nn
+from torch import nn, utils
 from torch.utils.hooks import RemovableHandle
 
 from ..attention.kinds import attention_off, choose_layers
 from ..attention.layers import SelfAttention
-from ..quiet import InPrecision, eagerly, eval_mode, first_tensor, random_kept
+from ..quiet import InPrecision, check_type, eagerly, eval_mode, first_tensor, random_kept
 from .record import change_share
 
 # %% ../../nbs/api/seeing/effect.ipynb #a757cc6d
@@ -136,6 +137,7 @@ def attention_effect(
 )->AttentionEffect:
     "Validate with attention, without it and with uniform maps; changes nothing; `ValueError` as `choose_layers`, or without data"
     chosen = choose_layers(learn, layers)
+    if dl is not None: check_type((DataLoader,utils.data.DataLoader), 'a loader of data', dl=dl)
     dl = dl or (learn.dls.loaders[1] if len(learn.dls.loaders) > 1 else None)
     if dl is None or len(dl) == 0: raise ValueError("this Learner has no validation data: give `dl`")
     names = ['valid_loss', *(m.name for m in learn.metrics)]

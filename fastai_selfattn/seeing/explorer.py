@@ -25,7 +25,7 @@ from fastai.learner import Learner
 from torch import nn
 from torch.nn import functional as F
 
-from ..files import whole_file
+from ..files import file_path, whole_file
 from ..quiet import check_whole, eval_mode
 from .pictures import pictures, predicted_classes
 from .record import AttentionRecorder
@@ -157,11 +157,9 @@ def _is_ours(path):
 
 def _target(fname, overwrite):
     "`fname` as a Path that can be written to, or an error"
-    if not isinstance(fname, (str,os.PathLike)): raise TypeError(f"`fname` must be the name of a file, got {type(fname).__name__}")
-    path = Path(fname)
+    path = file_path(fname)
     if path.suffix.lower() not in ('.html','.htm'):
         raise ValueError(f"`fname` must end in .html, so that a browser opens it; got {str(path)!r}")
-    if '\0' in str(path): raise ValueError(f"`fname` must be the name of a file, without a zero character; got {str(path)!r}")
     if not path.parent.is_dir(): raise ValueError(f"no folder {path.parent} to write {path.name} into: make it first")
     if path.is_dir(): raise ValueError(f"{path} is a folder: choose another name")
     if path.exists() and not overwrite and not _is_ours(path):

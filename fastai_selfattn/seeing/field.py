@@ -17,8 +17,8 @@ import torch
 from fastai.vision.models.unet import DynamicUnet
 from torch import Tensor, nn
 
-from ..attention.kinds import attention_off
-from ..quiet import bare_model, check_whole, each_tensor, eagerly, for_model, picture_tensors, unchanged
+from ..attention.kinds import attention_off, did_you_mean
+from ..quiet import bare_model, check_type, check_whole, each_tensor, eagerly, for_model, picture_tensors, unchanged
 from .record import cells_of, check_points, place_points
 
 # %% ../../nbs/api/seeing/field.ipynb #0b63879c
@@ -98,6 +98,10 @@ def receptive_field(
     which:int=0, # of several images that the model takes at once, the one to look at
 )->ReceptiveField:
     "The effective receptive field of an output pixel (arXiv 1701.04128), in eval mode; changes nothing; `ValueError`, `TypeError` if unfit"
+    check_type(nn.Module, 'an nn.Module', model=model)
+    check_type((str,type(None)), 'the path of a module', module=module)
+    paths = dict(bare_model(model).named_modules())
+    if module and module not in paths: raise ValueError(f"no module {module} in this {type(model).__name__}.{did_you_mean(module, paths)}")
     found = picture_tensors(x)
     if not found:
         raise TypeError(f"`x` must be a batch of images (bs, c, h, w), got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}")

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..attention.kinds import attention_layers, choose_layers
-from ..files import whole_file
+from ..files import file_path, whole_file
 from ..quiet import bare_model, check_whole, eval_mode, random_kept
 from .gamma_logger import GammaLogger, mend_wandb, warn_once
 from .pictures import pictures
@@ -93,7 +93,7 @@ class AttentionMapLogger(Callback):
             raise TypeError(f"`layers` must be names of attention layers, got {layers!r}")
         self.items,self.points,self.layers = items,check_points(points),layers
         self.every,self.max_n,self.seed = every,max_n,seed
-        self.path = path and Path(path)
+        self.path = None if path is None else file_path(path, 'path', 'folder')
         self.pictures,self._seen,self._files,self._done,self._warned = None,[],[],0,set()
         self._check_path()
 

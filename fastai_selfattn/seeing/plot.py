@@ -10,7 +10,7 @@ __all__ = ['plot_attention', 'show_attention', 'show_attention_growth', 'show_re
 # %% ../../nbs/api/seeing/plot.ipynb #2b53f19e
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,13 +21,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..attention.kinds import did_you_mean, path_matches
+from ..quiet import check_size, check_type
 from .effect import change_in_words
 from .scale import Averages, attention_bar, strongest, tops_of
 
 # %% ../../nbs/api/seeing/plot.ipynb #ba4e7d75
 _magma = colormaps['magma'].with_extremes(bad='#56b4e9')     # a blue that magma does not have, for what is not a number
 
+def check_ax(ax): check_type((Axes,type(None)), 'an `Axes` of matplotlib', ax=ax)
+
 def _check_map(image, amap):
+    check_type(Tensor, 'a tensor', image=image, amap=amap)
     if image.dim() not in (2,3) or amap.dim() != 2:
         raise ValueError(f"`image` must be (channels, h, w) and `amap` (mh, mw), got {tuple(image.shape)} and {tuple(amap.shape)}")
 
@@ -44,8 +48,10 @@ def pixel_aspect(
     shape:tuple[int,int], # (h, w); None for those of `image`
 )->float: # 1 if pixels are square
     "How much higher than wide to draw a pixel of `image`, so that it has the proportions of `shape` (h, w)"
+    if shape is None: return 1
+    check_size(shape=shape)
     h,w = image.shape[-2:]
-    return shape[0]*w/(shape[1]*h) if shape else 1
+    return shape[0]*w/(shape[1]*h)
 
 # %% ../../nbs/api/seeing/plot.ipynb #fb3ded3c
 def plot_attention(
@@ -59,8 +65,10 @@ def plot_attention(
     shape:tuple[int,int]=None, # (h, w) in whose proportions to draw, where the image was squeezed; those of `image` if None
 )->Axes: # the map is the last of its images, `ax.images[-1]`, for a colour bar
     "Draw what a query pixel attends to over its image, 1 is the average, blue no number; `ValueError` if shapes or `point` do not fit"
-    image,amap = image.detach().cpu().float(),amap.detach().cpu().float()
+    check_ax(ax)
+    check_type((Normalize,type(None)), 'a `Normalize` of matplotlib', norm=norm)
     _check_map(image, amap)
+    image,amap = image.detach().cpu().float(),amap.detach().cpu().float()
     if image.dim() == 3: image = image.mean(0)
     h,w = image.shape
     _check_point(point, h, w)
@@ -81,6 +89,7 @@ page_width = 7.     # inches, the width of a page; a wider figure is shrunk unti
 
 def _grid(h, w, n, blocks=1, imsize=2., lines=1):
     "Axes (blocks, n) of a new figure for pictures (h, w), each block wrapped to the page, with `lines` of title"
+    if not 0 < imsize < math.inf: raise ValueError(f"`imsize` must be a number of inches, more than 0, got {imsize!r}")
     room = page_width-1
     ncols = max(1, min(n, max(2, int(room/max(1.45, .5*imsize*w/h)))))
     nrows = math.ceil(n/ncols)
@@ -94,6 +103,7 @@ def _grid(h, w, n, blocks=1, imsize=2., lines=1):
 def given_axes(ax, shape, holds):
     "The axes that a caller gave, in `shape`"
     axs = np.array(ax, dtype=object)
+    for a in axs.flat: check_type(Axes, 'an `Axes` of matplotlib, or an array of them', ax=a)
     if axs.size == math.prod(shape) and (axs.shape == shape or axs.ndim == 1 or axs.ndim and len(shape) == 1): return axs.reshape(shape)
     got = 'x'.join(map(str, axs.shape)) if axs.ndim else 'one'
     raise ValueError(f"`ax` must be an array of {'x'.join(map(str, shape))} axes, {holds}; got {got}")
@@ -102,12 +112,19 @@ def given_axes(ax, shape, holds):
 def _choose_layers(maps, layers):
     "The maps of the layers that `layers` names, in the language of `choose_layers`: a path, or that of the module before the layer"
     patterns = ['**'] if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    for p in patterns: check_type(str, 'names or patterns of layers', layers=p)
     def fits(name, pattern): return path_matches(name, pattern) or path_matches(name.rpartition('.')[0] or name, pattern)
     missing = [str(p) for p in patterns if not any(fits(n, p) for n in maps)]
     if missing or not patterns:
         hint = did_you_mean(missing[0], list(maps)) if missing else ''
         raise ValueError(f"no layer {', '.join(missing) or 'chosen'}: there are {', '.join(maps) or 'none'}{hint and '.'}{hint}")
     return {n:m for n,m in maps.items() if any(fits(n, p) for p in patterns)}
+
+def _one_each(n, **args):
+    "`ValueError` unless each of `args` is None or has one for each of `n` pictures"
+    for name,values in args.items():
+        if values is None or isinstance(values, (Sequence,Tensor,np.ndarray)) and not isinstance(values, str) and len(values) == n: continue
+        raise ValueError(f"`{name}` must be a sequence with one for each of {n} pictures, got {values!r}")
 
 def _choose(what, n, chosen):
     chosen = list(range(n)) if chosen is None else np.atleast_1d(chosen).tolist()
@@ -116,6 +133,7 @@ def _choose(what, n, chosen):
     return [i%n for i in chosen]
 
 def _check_maps(images, maps, points):
+    check_type(Tensor, 'a tensor', images=images, **{f'maps[{n!r}]':m for n,m in maps.items()})
     for name,m in maps.items():
         if images.dim() != 4 or m.dim() != 4 or m.shape[:2] != (len(images),len(points)):
             raise ValueError(f"`images` must be (pictures, channels, h, w) and `maps` of {name} (pictures, points, mh, mw), "
@@ -208,8 +226,13 @@ def show_attention(
     masks:Tensor=None, # (bs, h, w) classes that are predicted, outlined in the pictures
 )->np.ndarray: # a row of axes for each picture and layer: the picture, its first text the heading, and each query pixel; or `ax` if one
     "Draw what query pixels attend to, in several pictures and layers, on colour scales; `ValueError` naming what there is if nothing fits"
+    check_type(Mapping, 'a dict, layer name -> tensor', maps=maps)
+    said = dict(gammas=gammas or {}, pools=pools or {}, changes=changes or {}, places=places or {})
+    check_type(Mapping, 'a dict with names of layers', **said)
     maps,points = _choose_layers(maps, layers),[tuple(map(int, p)) for p in points]
     _check_maps(images, maps, points)
+    check_type((Tensor,type(None)), 'a tensor (pictures, h, w)', masks=masks)
+    _one_each(len(images), titles=titles, shapes=shapes, masks=masks)
     pictures,queries = _choose('pictures', len(images), pictures),_choose('queries', len(points), queries)
     maps = {name:m[pictures][:,queries].detach().cpu().float() for name,m in maps.items()}
     tops = tops_of(maps, scale)
@@ -217,8 +240,9 @@ def show_attention(
     rows = [(k,i,name) for k,i in enumerate(pictures) for name in maps]
     alone = isinstance(ax, Axes)
     shapes = [tuple(images.shape[2:])]*len(images) if shapes is None else shapes
+    for s in shapes: check_size(shapes=s)
     size = sorted((shapes[i] for i in pictures), key=lambda s: s[0]/s[1])[len(pictures)//2]
-    given = gammas or {},pools or {},changes or {},places or {},head
+    given = *said.values(),head
     axs = _rows_of_axes(size, len(rows), len(queries), ax, imsize)
     for (first,*row),(k,i,name) in zip(axs, rows):
         top,strongest = tops[k,name]
@@ -248,13 +272,15 @@ def show_attention_growth(
     shape:tuple[int,int]=None, # (h, w) in whose proportions to draw; those of `image` if None
 )->np.ndarray: # the axes, one for each map that is drawn
     "Draw what a query pixel attended to over time, on one labelled colour scale; `ValueError` if there is no map"
+    check_type(Tensor, 'a tensor', image=image, **{f'maps[{i}]':m for i,m in enumerate(maps)})
     t,maps = len(maps),[m.detach().cpu().float() for m in maps]
-    labels = list(map(str, range(t))) if labels is None else list(labels)
+    labels = list(map(str, range(t) if labels is None else labels))
     if not t or max_n < 1 or len(labels) != t:
         raise ValueError("`maps` and `max_n` must be at least 1 and `labels` one a map, "
                          f"got {t} maps, max_n={max_n} and {len(labels)} labels")
     for m in maps: _check_map(image, m)
     _check_point(point, *image.shape[-2:])
+    pixel_aspect(image, shape)
     idxs = _spread(t, max_n)
     top = max(2., *(strongest(maps[i][None,None]) for i in idxs))
     lines = max(labels[i].count('\n')+1 for i in idxs)
@@ -299,12 +325,14 @@ def show_receptive_field(
     shape:tuple[int,int]=None, # (h, w) in whose proportions to draw; those of `image` if None
 )->np.ndarray: # two axes: without attention and with it
     "Draw which pixels of the image a pixel of the output depends on, without attention and with it; `ValueError` if shapes do not fit"
+    if not hasattr(field, 'area_on'): raise TypeError(f"`field` must be a `ReceptiveField`, got {type(field).__name__}")
     energies = [e.detach().cpu().double() for e in (field.off,field.on)]
     _check_map(image, energies[0])
     h,w = image.shape[-2:]
     if any(e.shape != (h,w) for e in energies):
         raise ValueError(f"`field` must be of the image of {h}x{w} pixels, got {tuple(field.off.shape)} and {tuple(field.on.shape)}")
     _check_point(field.point, h, w)
+    pixel_aspect(image, shape)
     top = max(e.nan_to_num(0, 0, 0).max().item() for e in energies)*h*w or 1.
     axs = _grid(*(shape or (h,w)), 2, imsize=imsize, lines=2)[0] if ax is None else given_axes(ax, (2,), 'without attention and with it')
     for a,e,area,name in zip(axs, energies, (field.area_off,field.area_on), ('off','on')):
