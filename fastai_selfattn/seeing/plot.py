@@ -111,6 +111,7 @@ def given_axes(ax, shape, holds):
 # %% ../../nbs/api/seeing/plot.ipynb #4dfae38d
 def _choose_layers(maps, layers):
     "The maps of the layers that `layers` names, in the language of `choose_layers`: a path, or that of the module before the layer"
+    check_type(Mapping, 'a dict, layer name -> tensor', maps=maps)
     patterns = ['**'] if layers is None else [layers] if isinstance(layers, str) else list(layers)
     for p in patterns: check_type(str, 'names or patterns of layers', layers=p)
     def fits(name, pattern): return path_matches(name, pattern) or path_matches(name.rpartition('.')[0] or name, pattern)
@@ -122,6 +123,8 @@ def _choose_layers(maps, layers):
 
 def _one_each(n, **args):
     "`ValueError` unless each of `args` is None or has one for each of `n` pictures"
+    check_type((Tensor,type(None)), 'a tensor (pictures, h, w)', masks=args['masks'])
+    for s in () if args['shapes'] is None else args['shapes']: check_size(shapes=s)
     for name,values in args.items():
         if values is None or isinstance(values, (Sequence,Tensor,np.ndarray)) and not isinstance(values, str) and len(values) == n: continue
         raise ValueError(f"`{name}` must be a sequence with one for each of {n} pictures, got {values!r}")
@@ -194,6 +197,12 @@ def _headings(picture, name, k, gammas, pools, changes, places, head):
     change = change_in_words(float(changes[name][k])) if name in changes else ''
     return picture,_layer(name, places),'' if head is None else f'head {head}',gamma,f'pooled {pool}x{pool}' if pool > 1 else '',change
 
+def _of_layers(**args):
+    "`args`, an empty dict for each that is None; `TypeError` unless all are dicts"
+    found = {name:{} if value is None else value for name,value in args.items()}
+    check_type(Mapping, 'a dict with names of layers', **found)
+    return found.values()
+
 def _pixel(points, i): return f'{i}: pixel {points[i]}' if len(points) > 1 else f'pixel {points[i]}'
 
 def _rows_of_axes(size, n_rows, n_queries, ax, imsize):
@@ -226,12 +235,8 @@ def show_attention(
     masks:Tensor=None, # (bs, h, w) classes that are predicted, outlined in the pictures
 )->np.ndarray: # a row of axes for each picture and layer: the picture, its first text the heading, and each query pixel; or `ax` if one
     "Draw what query pixels attend to, in several pictures and layers, on colour scales; `ValueError` naming what there is if nothing fits"
-    check_type(Mapping, 'a dict, layer name -> tensor', maps=maps)
-    said = dict(gammas=gammas or {}, pools=pools or {}, changes=changes or {}, places=places or {})
-    check_type(Mapping, 'a dict with names of layers', **said)
     maps,points = _choose_layers(maps, layers),[tuple(map(int, p)) for p in points]
     _check_maps(images, maps, points)
-    check_type((Tensor,type(None)), 'a tensor (pictures, h, w)', masks=masks)
     _one_each(len(images), titles=titles, shapes=shapes, masks=masks)
     pictures,queries = _choose('pictures', len(images), pictures),_choose('queries', len(points), queries)
     maps = {name:m[pictures][:,queries].detach().cpu().float() for name,m in maps.items()}
@@ -240,9 +245,8 @@ def show_attention(
     rows = [(k,i,name) for k,i in enumerate(pictures) for name in maps]
     alone = isinstance(ax, Axes)
     shapes = [tuple(images.shape[2:])]*len(images) if shapes is None else shapes
-    for s in shapes: check_size(shapes=s)
     size = sorted((shapes[i] for i in pictures), key=lambda s: s[0]/s[1])[len(pictures)//2]
-    given = *said.values(),head
+    given = *_of_layers(gammas=gammas, pools=pools, changes=changes, places=places),head
     axs = _rows_of_axes(size, len(rows), len(queries), ax, imsize)
     for (first,*row),(k,i,name) in zip(axs, rows):
         top,strongest = tops[k,name]
