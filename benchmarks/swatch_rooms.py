@@ -1,6 +1,7 @@
 """Swatches in rooms: is the colour of a surface found in a rendered room too?
 
-python benchmarks/swatch_rooms.py     3 seeds, 500 steps: about half an hour on one core
+python benchmarks/swatch_rooms.py            3 seeds, 500 steps: about half an hour on one core
+python benchmarks/swatch_rooms.py --long     1500 steps
 """
 from functools import partial
 
@@ -9,7 +10,7 @@ from fastai.losses import MSELossFlat
 from fastai_selfattn.walls.swatches import SwatchNet, SwatchPSNR, swatch_dls, swatch_example, swatch_weights
 
 from study import compare, options
-from swatches import EPOCHS, LR, N, N_VALID, OfModel, train
+from swatches import EPOCHS, LONG, LR, N, N_VALID, OfModel, train
 
 SIZE = 64     # pixels a side
 ARMS = {'attention':'attention', 'uniform':'uniform', 'context':'context'}     # gamma from 1
@@ -28,8 +29,10 @@ def make(dls, n_valid, size):
     return Learner(dls, SwatchNet(), loss_func=MSELossFlat(), metrics=metrics)
 
 def main(argv=None):
-    args = options(__doc__, seeds=3).parse_args(argv)
-    n,n_valid,size,epochs = (16,4,24,1) if args.smoke else (N,N_VALID,SIZE,EPOCHS)
+    p = options(__doc__, seeds=3)
+    p.add_argument('--long', action='store_true', help=f'{LONG*N//8} steps in place of {EPOCHS*N//8}')
+    args = p.parse_args(argv)
+    n,n_valid,size,epochs = (16,4,24,1) if args.smoke else (N,N_VALID,SIZE,LONG if args.long else EPOCHS)
     setting = dict(form='rooms', size=size, steps=epochs*(n//8))
     return compare(args, 'swatch_rooms', f"swatch_rooms-{setting['steps']}steps", setting, partial(data, n=n, n_valid=n_valid, size=size),
                    partial(make, n_valid=n_valid, size=size), where='middle', arms=ARMS, fit=partial(train, epochs=epochs, lr=LR), gamma=1.)
