@@ -27,13 +27,12 @@ from fastai.vision import models
 
 from .. import learner  # noqa: F401  gives `Learner` its `show_attention`
 from ..attention.kinds import attention_layers
-from ..seeing.effect import change_in_words
 from ..seeing.explorer import attention_explorer
 from .data import split_walls, wall_dls, wall_items
 from .train import evaluate_walls, small_encoder, wall_learner
 from .paint import is_wall, recolor, wall_probability
 from .pictures import open_photo, open_upright
-from .report import in_words, plot_predictions, plot_recolored, save_figure, write_report
+from .report import effect_in_words, in_words, plot_predictions, plot_recolored, save_figure, write_report
 from .run import Tries, ran_away, train_walls, write_whole
 from .versus import compare_walls, walls_of_seed
 from ..shell import (CommandParser, Failed, NotWritten, at_least, check_folder, in_one_sentence, out_of_memory, reason,
@@ -173,8 +172,7 @@ def _prepared(args):
 def _effect(learn, test):
     "What attention did for the Dice of the test pictures, in a sentence"
     effect = learn.attention_effect(dl=learn.dls.test_dl(test, with_labels=True, num_workers=0))
-    on,*others = [f'{dice:.3f} ({way})' for way,dice in effect.table['dice'].items()]
-    return f"Dice {on}, {', '.join(others)}: {change_in_words(max(effect.changes.values()))}"
+    return effect_in_words(effect.table['dice'].to_dict(), max(effect.changes.values()))
 
 def _pictures(learn, test, how, before):
     "File name -> function that draws it into a file; `before` is a copy of the model from before training"
