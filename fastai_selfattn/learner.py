@@ -215,8 +215,11 @@ def load(self:Learner,
 ):
     "Load model and optimizer state (if `with_opt`) from `self.path/self.model_dir/file` using `device`"
     before = {k:v.clone() for k,v in self.model.state_dict().items() if isinstance(v, Tensor) and not is_lazy(v)}
+    opt = self.opt     # fastai makes one where there is none, before it loads
     try: return _load(self, file, device=device, **kwargs)
-    except RuntimeError as e:
+    except Exception as e:
+        self.opt = opt
+        if not isinstance(e, RuntimeError): raise     # nothing was read
         self.model.load_state_dict(before, strict=False)     # PyTorch has taken over what fits
         paths = _more_attention(str(e))
         if not paths: raise
