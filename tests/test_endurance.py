@@ -65,3 +65,15 @@ def test_nothing_stays_in_memory(learners, what):
     def several(): return [again() for _ in range(3)] and alive()
     first = several()
     assert several() == first
+
+
+# --- what the soak found
+
+def test_the_others_train_on_when_one_of_the_layers_that_are_trained_alone_is_removed(learners):
+    learn = copy.deepcopy(learners['append'])
+    quietly(learn.train_attention_only)
+    quietly(learn.remove_attention, 'block')
+    quietly(fit, learn)
+    assert {n.split('.')[0] for n,p in learn.model.named_parameters() if p.requires_grad} == {'same'}
+    quietly(learn.remove_attention, 'same')
+    with pytest.raises(ValueError, match='no attention layer'): quietly(fit, learn)

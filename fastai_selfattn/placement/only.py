@@ -16,7 +16,7 @@ from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.learner import Learner
 from fastai.optimizer import Lookahead
 
-from ..attention.kinds import choose_layers, layer_names
+from ..attention.kinds import attention_layers, choose_layers, layer_names
 
 # %% ../../nbs/api/placement/only.ipynb #b8380957
 class OnlyAttention(Callback):
@@ -26,7 +26,8 @@ class OnlyAttention(Callback):
 
     def _in_and_out(self):
         "Modules of attention, and all others"
-        chosen = {m for l in choose_layers(self.learn, self.attention_paths).values() for m in l.modules()}
+        there = [p for p in self.attention_paths if p in attention_layers(self.learn)]     # some may have been removed
+        chosen = {m for l in choose_layers(self.learn, there or self.attention_paths).values() for m in l.modules()}
         return chosen,[m for m in self.learn.model.modules() if m not in chosen]
 
     def before_fit(self):
