@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 
@@ -33,11 +34,24 @@ def one_line(
 class CommandParser(argparse.ArgumentParser):
     "An `ArgumentParser` with `--version`, whose errors are one line, with status 2"
     def __init__(self, **kwargs):
+        self.options = []     # before it gets `--help`
         super().__init__(**kwargs)
         self.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
 
+    def add_argument(self, *args, **kwargs):
+        action = super().add_argument(*args, **kwargs)
+        self.options += action.option_strings
+        return action
+
+    def parse_args(self, args=None, namespace=None):
+        parsed,unknown = self.parse_known_args(args, namespace)
+        if not unknown: return parsed
+        near = get_close_matches(unknown[0].partition('=')[0], self.options, 1)
+        self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f": did you mean {near[0]}?" if near else ''))
+
     def error(self, message): self.exit(2, f'{self.prog}: {one_line(message)}\n')
 
+# %% ../nbs/api/shell.ipynb #88e24adc
 _MOST = 2**31-1     # numpy's seeds and PyTorch's sizes and counts may be as large
 
 def _not_above(most, v, s):

@@ -1,4 +1,6 @@
-"""What people do with attention in a Learner, in any order and for hours, until something is found: `tests/endurance.py`, of which the suite runs little.
+"""What people do with attention in a Learner, in any order and for hours, until something is found: `tests/endurance.py` and `tests/wild.py`.
+
+The suite runs little of it.
 
 python scripts/endure.py --sequences 10000 --seed 0           hours: 1 to 5 s a sequence, on two busy cores
 python scripts/endure.py --sequences 0 --faults               every function of the package fails once, in everything that is done with a Learner

@@ -16,6 +16,7 @@ def nbdev_test(notebook, folder, log):
     out = os.open(log, os.O_WRONLY|os.O_CREAT|os.O_TRUNC)
     for fd in (1, 2): os.dup2(out, fd)
     os.chdir(folder)
+    tempfile.tempdir = tempfile.mkdtemp(dir=Path(log).parent)     # a page may leave its temporary files; pytest takes them away
     from nbdev.test import nbdev_test
     nbdev_test(notebook)
 

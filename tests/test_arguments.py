@@ -15,8 +15,9 @@ from fastai_selfattn import all as ours
 
 
 
-ODD = [None, True, False, 0, -1, 3, 2.5, float('nan'), float('inf'), '', 'x', '*', '[', b'bytes', (), [], {}, set(), object(), np.int64(1), np.array([1, 2]), Path('.'), '\udce9', [None],
-       [(1,)], [(1, 2, 3)], [(1.5, 2)], [(-1, 0)], [(99, 99)], (5, 5), (0, 0), [True], ['x'], [0], [-1], [99], int, nn.Conv2d]
+ODD = [None, True, False, 0, -1, 3, 2.5, float('nan'), float('inf'), '', 'x', '*', '[', '\udce9', b'bytes', (), [], {}, set(), object(),
+       int, nn.Conv2d, np.int64(1), np.array([1, 2]), Path('.'), [None],
+       [(1,)], [(1, 2, 3)], [(1.5, 2)], [(-1, 0)], [(99, 99)], (5, 5), (0, 0), [True], ['x'], [0], [-1], [99]]
 
 q, k, v = (torch.rand(1, n, d, generator=torch.Generator().manual_seed(1)) for n, d in ((6, 4), (8, 4), (8, 5)))
 x = torch.rand(2, 3, 24, 32, generator=torch.Generator().manual_seed(2))
@@ -73,7 +74,8 @@ CALLS = {      # name -> function, and arguments that are right
     'upgrade_attention': (ours.upgrade_attention, dict(model=net)),
     'save_attention': (lambda **kwargs: ours.save_attention(given(), **kwargs), dict(fname='new')),
     'load_attention': (lambda **kwargs: ours.load_attention(plain(), **kwargs), dict(fname='there', layer=None)),
-    'AttentionRecorder': (records, dict(model=net, points='center', layers=None, stats=True, seed=0, vectors=False, image_size=None, which=0, head=None)),
+    'AttentionRecorder': (records, dict(model=net, points='center', layers=None, stats=True, seed=0, vectors=False, image_size=None,
+                                        which=0, head=None)),
     'receptive_field': (ours.receptive_field, dict(model=net, x=x, point=None, channel=None, module=None, layers=None, share=.9, which=0)),
     'GammaLogger': (ours.GammaLogger, dict(every=1)),
     'AttentionMapLogger': (ours.AttentionMapLogger, dict(items=None, points='center', every=1, path=None, layers=None, max_n=1, which=0)),
@@ -81,9 +83,12 @@ CALLS = {      # name -> function, and arguments that are right
     'plot_attention_stats': (ours.plot_attention_stats, dict(stats=stats, ax=None)),
     'plot_gamma': (ours.plot_gamma, dict(history=history, ax=None, what='gamma')),
     'plot_sites': (ours.plot_sites, dict(sites=ours.attention_sites(net, size=24), chosen=None, ax=None)),
-    'show_attention': (ours.show_attention, dict(images=x[:1], maps={'small': rec.maps['small'][:1, :1]}, points=rec.points[:1], layers=None, pictures=None, queries=None, titles=None, gammas=None,
-                                                 pools=None, scale='picture', ax=None, imsize=1., changes=None, places=None, head=None, shapes=None, masks=None)),
-    'show_attention_growth': (ours.show_attention_growth, dict(image=x[0], maps=amap[None], point=(1, 1), labels=None, max_n=2, ax=None, imsize=1., shape=None)),
+    'show_attention': (ours.show_attention, dict(
+        images=x[:1], maps={'small': rec.maps['small'][:1, :1]}, points=rec.points[:1], layers=None, pictures=None, queries=None,
+        titles=None, gammas=None, pools=None, scale='picture', ax=None, imsize=1., changes=None, places=None, head=None, shapes=None,
+        masks=None)),
+    'show_attention_growth': (ours.show_attention_growth, dict(image=x[0], maps=amap[None], point=(1, 1), labels=None,
+                                                               max_n=2, ax=None, imsize=1., shape=None)),
     'show_receptive_field': (ours.show_receptive_field, dict(image=x[0], field=field, ax=None, imsize=1., shape=None))}
 
 @pytest.fixture(scope='module')

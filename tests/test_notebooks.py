@@ -21,6 +21,10 @@ def shorten(file, changes):
         cell['source'] = ''.join(cell['source']).replace(old, new)
     file.write_text(json.dumps(nb))
 
+def test_pages_that_are_shortened_run_as_they_are_before_a_release():
+    ran = [line.split()[1] for line in (root/'.github/workflows/release.yml').read_text().splitlines() if line.split()[:1] == ['nbdev-test']]
+    assert ran and all(any(page == r or page.startswith(f'{r}/') for r in ran) for page in SHORTER)
+
 @pytest.fixture(scope='module')
 def checkout(tmp_path_factory):
     folder = copy_project(tmp_path_factory.mktemp('notebooks')/'checkout')

@@ -26,7 +26,8 @@ class OnlyAttention(Callback):
 
     def _in_and_out(self):
         "Modules of attention, and all others"
-        there = [p for p in self.attention_paths if p in attention_layers(self.learn)]     # some may have been removed
+        layers = attention_layers(self.learn)
+        there = [p for p in self.attention_paths if p in layers]     # some may have been removed
         chosen = {m for l in choose_layers(self.learn, there or self.attention_paths).values() for m in l.modules()}
         return chosen,[m for m in self.learn.model.modules() if m not in chosen]
 

@@ -101,7 +101,9 @@ def receptive_field(
     check_type(nn.Module, 'an nn.Module', model=model)
     check_type((str,type(None)), 'the path of a module', module=module)
     paths = dict(bare_model(model).named_modules())
-    if module and module not in paths: raise ValueError(f"no module {module} in this {type(model).__name__}.{did_you_mean(module, paths)}")
+    if module and module not in paths:
+        hint = did_you_mean(module, paths) or ' Its `named_modules()` are those to choose from.'
+        raise ValueError(f"no module {module} in this {type(model).__name__}.{hint}")
     found = picture_tensors(x)
     if not found:
         raise TypeError(f"`x` must be a batch of images (bs, c, h, w), got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}")

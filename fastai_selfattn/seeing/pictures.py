@@ -125,7 +125,7 @@ def _batches(dls, items, max_n):
 def _picture(batch, which):
     "The picture that is shown of what a model takes"
     found = picture_tensors(batch)
-    if not found or found[0].dim() != 4:
+    if not found or found[0].dim() != 4 or not all(found[0].shape[1:]):
         got = next(iter(batch), None)
         got = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
         raise ValueError(f"pictures must be (bs, channels, h, w), got {got}")

@@ -121,11 +121,11 @@ def _choose_layers(maps, layers):
         raise ValueError(f"no layer {', '.join(missing) or 'chosen'}: there are {', '.join(maps) or 'none'}{hint and '.'}{hint}")
     return {n:m for n,m in maps.items() if any(fits(n, p) for p in patterns)}
 
-def _one_each(n, **args):
-    "`ValueError` unless each of `args` is None or has one for each of `n` pictures"
-    check_type((Tensor,type(None)), 'a tensor (pictures, h, w)', masks=args['masks'])
-    for s in () if args['shapes'] is None else args['shapes']: check_size(shapes=s)
-    for name,values in args.items():
+def _one_each(n, titles, shapes, masks):
+    "`ValueError` or `TypeError` unless each is None or has one that fits for each of `n` pictures"
+    check_type((Tensor,type(None)), 'a tensor (pictures, h, w)', masks=masks)
+    for s in () if shapes is None else shapes: check_size(shapes=s)
+    for name,values in dict(titles=titles, shapes=shapes, masks=masks).items():
         if values is None or isinstance(values, (Sequence,Tensor,np.ndarray)) and not isinstance(values, str) and len(values) == n: continue
         raise ValueError(f"`{name}` must be a sequence with one for each of {n} pictures, got {values!r}")
 
@@ -237,7 +237,7 @@ def show_attention(
     "Draw what query pixels attend to, in several pictures and layers, on colour scales; `ValueError` naming what there is if nothing fits"
     maps,points = _choose_layers(maps, layers),[tuple(map(int, p)) for p in points]
     _check_maps(images, maps, points)
-    _one_each(len(images), titles=titles, shapes=shapes, masks=masks)
+    _one_each(len(images), titles, shapes, masks)
     pictures,queries = _choose('pictures', len(images), pictures),_choose('queries', len(points), queries)
     maps = {name:m[pictures][:,queries].detach().cpu().float() for name,m in maps.items()}
     tops = tops_of(maps, scale)

@@ -10,10 +10,11 @@ __all__ = []
 # %% ../../nbs/api/walls/run.ipynb #4cd214bd
 import errno
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -91,9 +92,14 @@ def export_whole(
     with uninterrupted():
         try: _export(learn, learn.path/'export.pkl')
         except Exception as e:
-            try: _export(learn, other := Path(tempfile.mkdtemp(prefix='selfattn-walls-'))/'export.pkl')
-            except Exception: raise Failed(f"cannot write the model {learn.path/'export.pkl'}: {reason(e)}") from e
-            return other,{'export.pkl':e}
+            with ExitStack() as undo:
+                try:
+                    other = Path(tempfile.mkdtemp(prefix='selfattn-walls-'))
+                    undo.callback(shutil.rmtree, other, ignore_errors=True)
+                    _export(learn, other/'export.pkl')
+                except Exception: raise Failed(f"cannot write the model {learn.path/'export.pkl'}: {reason(e)}") from e
+                undo.pop_all()
+            return other/'export.pkl',{'export.pkl':e}
     return learn.path/'export.pkl',{}
 
 def ran_away(

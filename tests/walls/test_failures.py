@@ -6,9 +6,10 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, redirect_stdout
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from urllib.error import URLError
 
@@ -144,7 +145,14 @@ def test_a_full_disk_during_training_does_not_end_it(tmp_path, data, monkeypatch
     one_sentence(capfd, 'selfattn-walls', 'cannot write table.csv to .*; the model is .*export.pkl')
     assert written.count('table.csv') == 3 and 'export.pkl' in written
 
-def test_a_model_that_finds_no_room_goes_elsewhere(tmp_path, data, monkeypatch, capfd):
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    "A folder of its own for temporary files"
+    (tmp_path/'temporary').mkdir()
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path/'temporary'))
+    return tmp_path/'temporary'
+
+def test_a_model_that_finds_no_room_goes_elsewhere(tmp_path, data, monkeypatch, capfd, elsewhere):
     export, out = Learner.export, tmp_path/'run'
     def failing(self, fname):
         if out in Path(fname).parents:
@@ -155,11 +163,13 @@ def test_a_model_that_finds_no_room_goes_elsewhere(tmp_path, data, monkeypatch, 
     assert walls_main([*TINY, '--data', str(data), '--out', str(out)]) == 1
     _, err = capfd.readouterr()
     assert names(out) == ALL - {'export.pkl'} and isinstance(load_learner(re.search(r'the model is (\S+export.pkl)\n', err)[1]), Learner)
+    folder, = elsewhere.iterdir()
+    assert names(folder) == {'export.pkl'}
 
-def test_no_room_anywhere_is_one_sentence(tmp_path, data, capfd):
+def test_no_room_anywhere_is_one_sentence(tmp_path, data, capfd, elsewhere):
     with largest_file(2**20): assert walls_main([*TINY, '--data', str(data), '--out', str(tmp_path/'run')]) == 1
     one_sentence(capfd, 'selfattn-walls', 'cannot write the model .*run/export.pkl: PyTorch could not write')
-    assert names(tmp_path/'run') == {'table.csv'}
+    assert names(tmp_path/'run') == {'table.csv'} and not names(elsewhere)
 
 def test_ctrl_c_while_drawing_keeps_the_model(tmp_path, data, monkeypatch, capfd):
     monkeypatch.setattr(commands, 'plot_recolored', lambda *a: signal.raise_signal(signal.SIGINT))
@@ -206,6 +216,14 @@ def paint(model, tmp_path):
     def call(*options, photos=('p0.png', 'p1.png', 'p2.png')):
         return recolor_main(['--model', model, '--color', 'teal', '--out', str(tmp_path/'new'), *options, *(str(tmp_path/p) for p in photos)])
     return call
+
+def test_a_photo_whose_name_is_no_text(paint, tmp_path, capfd):
+    name, out = os.fsdecode(b'caf\xe9.png'), TextIOWrapper(BytesIO(), encoding='utf-8', errors='strict')
+    Image.new('RGB', (40, 30)).save(tmp_path/name)
+    with redirect_stdout(out): assert paint(photos=(name,)) == 0
+    assert br'new/caf\udce9-008080.png: ' in out.buffer.getvalue() and out.errors == 'strict' and capfd.readouterr().err == ''
+    assert paint(photos=(name,)) == 2
+    one_sentence(capfd, 'selfattn-recolor', r'.*caf\\udce9-008080\.png exists: use --overwrite.*')
 
 def test_overwrite_keeps_the_old_picture_when_the_disk_is_full(paint, tmp_path, capfd):
     assert paint('--mask') == 0
