@@ -77,3 +77,13 @@ def test_the_others_train_on_when_one_of_the_layers_that_are_trained_alone_is_re
     assert {n.split('.')[0] for n,p in learn.model.named_parameters() if p.requires_grad} == {'same'}
     quietly(learn.remove_attention, 'same')
     with pytest.raises(ValueError, match='no attention layer'): quietly(fit, learn)
+
+def test_a_load_that_fails_leaves_the_learner_without_an_optimizer(learners):
+    learn = copy.deepcopy(learners['append'])
+    quietly(learn.save, 'with')
+    quietly(learn.remove_attention)
+    learn.opt = None
+    numbers = {k:v.clone() for k,v in learn.model.state_dict().items()}
+    with pytest.raises(RuntimeError, match='insert it first'): learn.load('with')
+    with pytest.raises(FileNotFoundError): learn.load('nowhere')
+    assert learn.opt is None and all(torch.equal(v, numbers[k]) for k,v in learn.model.state_dict().items())
