@@ -73,7 +73,8 @@ def _unit(t):
 
 def _rows(t, heads):
     "(bs, channels, n) -> (bs*heads, n, channels/heads)"
-    return t.unflatten(1, (heads,-1)).flatten(0, 1).transpose(1, 2)     # not `mT`, which the older ONNX exporter does not know
+    if heads > 1: t = t.unflatten(1, (heads,-1)).flatten(0, 1)
+    return t.transpose(1, 2)     # not `mT`, which the older ONNX exporter does not know
 
 def _pooled(t, pool, size):
     "(bs, channels, n) over a map of `size`, max pooled; what is left over at an odd border is a window too"
@@ -120,8 +121,11 @@ class SelfAttention(_Attention):
 @patch
 def _projected(self:SelfAttention, x, *names):
     "What the convs `names` make of the map `x`, each (bs, channels, n)"
+    convs = [getattr(self, name) for name in names]
+    at_once = norms.mix_at_once(convs, x.flatten(2))
+    if at_once: return at_once
     given = x if self._ndim == 2 else x.flatten(2)
-    return [getattr(self, name)(given).flatten(2) for name in names]
+    return [conv(given).flatten(2) for conv in convs]
 
 @patch
 def _compared(self:SelfAttention, q, k, size):
@@ -142,7 +146,8 @@ def forward(self:SelfAttention,
     q,k = self._compared(q, k, x.shape[2:])
     v = _rows(_pooled(v, self.pool, x.shape[2:]), self.heads)
     o = attend(q, k, v) if self.softmax else dot_attend(q, k, v, 1/k.shape[1])
-    o = o.transpose(1, 2).unflatten(0, (x.shape[0],self.heads)).flatten(1, 2)
+    o = o.transpose(1, 2)
+    if self.heads > 1: o = o.unflatten(0, (x.shape[0],self.heads)).flatten(1, 2)
     if hasattr(self, 'out'): o = self.out(o.unflatten(2, x.shape[2:]) if self._ndim == 2 else o)
     return x + self.gamma*o.reshape(x.shape)
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from fastai.layers import ConvLayer, NormType
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
@@ -61,15 +62,14 @@ class _Conv:
 
     def step(self): pass     # and moves with each forward pass in training
 
-    def _is_matrix(self, x):
-        "Whether all that is to do is to multiply the channels of a batch by a matrix"
-        ndim = len(self.kernel_size)
-        is_matrix = max(self.kernel_size) == max(self.stride) == self.groups == 1 and self.padding in ('valid','same',(0,)*ndim)
-        return is_matrix and self.bias is None and x.dim() == ndim+2
+    def is_matrix(self):
+        "Whether all that it does is to multiply the channels of pixels by a matrix"
+        if max(self.kernel_size) > 1 or max(self.stride) > 1 or self.groups > 1 or self.bias is not None: return False
+        return self.padding in ('valid','same',(0,)*len(self.kernel_size))
 
     def forward(self, x):
         self.step()
-        if not self._is_matrix(x): return super().forward(x)
+        if not self.is_matrix() or x.dim() != len(self.kernel_size)+2: return super().forward(x)     # a map without a batch
         return mix(self.weight.flatten(1), x.flatten(2)).unflatten(2, x.shape[2:])
 
     def _load_from_state_dict(self, state_dict, prefix, meta, strict, missing, unexpected, errors):
@@ -113,7 +113,9 @@ class _SpectralConv(_Conv):
     @property
     def weight(self):
         if not self._settled: return self.weight_orig
-        return _by_spectrum(self.weight_orig, self.weight_u.clone(), self.weight_v.clone())
+        u,v = self.weight_u,self.weight_v
+        if torch.is_grad_enabled() or torch.jit.is_tracing(): u,v = u.clone(),v.clone()     # a backward pass must not see the next step
+        return _by_spectrum(self.weight_orig, u, v)
 
     def settle(self):
         "Singular vectors of the weights as they are now, once"
@@ -245,10 +247,17 @@ def next_weight(conv):
     return conv.weight
 
 def is_plain(layer):
-    "Whether `layer` is a `ConvLayer` of nothing but a 1x1 conv of ours, without a bias, and no hook changes what it gives"
+    "Whether `layer` is a `ConvLayer` of nothing but a 1x1 conv of ours, without a bias, and nobody changes or watches its calls"
     conv = layer[0] if type(layer) is ConvLayer and len(layer) == 1 else None
-    if not isinstance(conv, _Conv) or max(conv.kernel_size) > 1 or conv.bias is not None: return False
-    return not any(m._forward_hooks or m._forward_pre_hooks for m in (layer,conv))
+    if type(conv) not in _all or not conv.is_matrix(): return False
+    return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in vars(m)
+                   for m in (layer,conv))
+
+def mix_at_once(layers, x):
+    "What each of `layers` makes of the pixels `x`, (bs, c, n), from one product with all weights; None if they must be called"
+    if _has_any_global_hook() or not all(map(is_plain, layers)): return None
+    weights = [next_weight(conv).flatten(1) for conv, in layers]
+    return mix(torch.cat(weights), x).split([len(w) for w in weights], 1)
 
 # %% ../../nbs/api/attention/norms.ipynb #c5c134a9
 @torch.no_grad()

@@ -26,9 +26,11 @@ from ..quiet import check_whole, exporting
 
 # %% ../../nbs/api/attention/ops.ipynb #252b8ba3
 def _math(q, k, v, scale):
-    q,k,w = (t.to(precise(t)) for t in (q,k,v))
-    if w.stride(-1) == 1: return ((scale*q@k.transpose(1, 2)).softmax(-1) @ w).to(v.dtype)     # the older ONNX exporter has no `mT`
-    return (w.transpose(1, 2) @ (k@(scale*q).transpose(1, 2)).softmax(1)).transpose(1, 2).to(v.dtype)
+    dt = precise(v)
+    q,k,w = (t.to(dt) for t in (q,k,v))
+    if scale != 1: q = scale*q
+    if w.stride(-1) == 1: return ((q@k.transpose(1, 2)).softmax(-1) @ w).to(v.dtype)     # the older ONNX exporter has no `mT`
+    return (w.transpose(1, 2) @ (k@q.transpose(1, 2)).softmax(1)).transpose(1, 2).to(v.dtype)
 
 def _tiled(q, k, v, scale):
     if torch.compiler.is_compiling(): return Attend.apply(q, k, v, scale, _max_bytes)[0]
@@ -128,6 +130,8 @@ def _choose(q, k, v):
     no = name == 'math' and _too_much(q, k)
     return ('tiled',no) if no else (name,why)
 
+_FEW_KEYS,_FEW_WEIGHTS = 28*28,1024*1024     # up to which a CPU is faster with the formula than with the many small steps of tiles
+
 def _fastest(q, k, v):
     "Name of the backend for these tensors where memory is no matter, and why"
     if q.device.type == 'cuda':
@@ -135,9 +139,10 @@ def _fastest(q, k, v):
         return cuda.choose(q, k, v)
     if q.device.type != 'cpu': return cuda.formula_or_tiles(q, k, f'no kernel is known for {q.device.type}')
     bs,nq,nk,dv = *q.shape[:2],*v.shape[1:]
-    if nk <= 512 and nk <= 2*dv: return 'math','at most 512 keys, and the map is no larger than two feature maps'
-    if nk <= 512 and bs*nq*nk <= 512*512: return 'math','at most 512 keys, and the map has at most 512 x 512 weights'
-    return 'tiled','more than 512 keys' if nk > 512 else 'more than 512 x 512 weights'
+    if nk > _FEW_KEYS: return 'tiled',f'more than {_FEW_KEYS} keys'
+    if nk <= 2*dv: return 'math',f'at most {_FEW_KEYS} keys, and the map is no larger than two feature maps'
+    if bs*nq*nk <= _FEW_WEIGHTS: return 'math',f'at most {_FEW_KEYS} keys, and the map has at most 1024 x 1024 weights'
+    return 'tiled','more than 1024 x 1024 weights'
 
 def which_backend(
     q:Tensor, # (bs, nq, d) query vectors
@@ -215,7 +220,8 @@ def _check(**tensors):
 
 def _no_autocast(t)->AbstractContextManager:
     "Whatever autocast says, numbers are computed as this module says; the meta device knows no autocast"
-    return nullcontext() if t.device.type == 'meta' else torch.autocast(t.device.type, enabled=False)
+    device = t.device.type
+    return torch.autocast(device, enabled=False) if device != 'meta' and torch.is_autocast_enabled(device) else nullcontext()
 
 def attend(
     q:Tensor, # (bs, nq, d) query vectors

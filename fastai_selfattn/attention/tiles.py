@@ -11,20 +11,25 @@ __all__ = []
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 # %% ../../nbs/api/attention/tiles.ipynb #bb430b5e
-ROWS,COLS = 1024,512     # of a tile on a CPU
+ROWS,COLS = 512,512     # of a tile on a CPU
+FEWEST = 64             # rows, below which a thread has no tile of its own
 
-def tile(bs, rows, cols, most=None, budget=math.inf):
-    "Images, rows and columns of one tile of `bs` maps of rows x cols, `budget` weights at most"
+def tile(bs, rows, cols, most=None, budget=math.inf, threads=1):
+    "Images, tiles side by side, and rows and columns of each, of `bs` maps of rows x cols; `budget` weights at most in all"
     most_rows,most_cols = most or (ROWS,COLS)
-    area,rows = min(most_rows*most_cols, budget),max(1, rows)
-    if rows*cols <= min(2*area, budget): return max(1, min(bs, min(4*area, budget) // max(1, rows*cols))),rows,cols
-    if area < most_rows*most_cols: most_cols = min(most_cols, max(math.isqrt(area), area//rows))     # square, if there are rows enough
+    most_area,rows,cols = most_rows*most_cols,max(1, rows),max(1, cols)
+    n = int(max(1, min(threads, rows//FEWEST, budget//FEWEST**2)))
+    if max(1, bs) >= n and rows*cols <= min(4*most_area, budget):
+        return max(1, min(bs, min(8*most_area, budget) // (rows*cols))),1,rows,cols
+    area = min(most_area, budget//n)
+    if area < most_area: most_cols = min(most_cols, max(math.isqrt(area), area//-(-rows//n)))     # square, if there are rows enough
     cols = min(cols, most_cols)
-    return 1,min(rows, area//cols),cols
+    return 1,n,min(-(-rows//n), area//cols),cols
 
 # %% ../../nbs/api/attention/tiles.ipynb #f0fce5c1
 LEAST = 2**14     # bytes: tiles of 64 x 64 and of 45 x 45, below which a step is mostly its own beginning
@@ -59,10 +64,20 @@ def _safe_rows(q, k, v):
     "Rows (bs, nq, 1) whose logits, powers of 2, need no maximum"
     return _length(q)*_length(k).amax(1, keepdim=True) <= _safe(v)
 
+# %% ../../nbs/api/attention/tiles.ipynb #91b6a3de
+def _flush(logits):
+    "Logits, powers of 2, of weights too small to count become those of 0; NaN stays NaN"
+    smallest = math.log2(torch.finfo(logits.dtype).tiny)     # -126 in float32
+    return F.threshold_(logits, smallest+26, 2*smallest)     # 26 more: what is multiplied with a weight may be small too
+
 # %% ../../nbs/api/attention/tiles.ipynb #caf70416
 def steps(dim, size, *tensors): return zip(*(t.split(size, dim) for t in tensors))
 
 def on_cpu(t): return t.device.type == 'cpu'
+
+def most(t): return (ROWS,COLS) if on_cpu(t) else (2048,2048)     # where starting a step costs more than reading memory
+
+def _threads(t): return torch.get_num_threads() if on_cpu(t) else 1
 
 def _rows_like(t, n, dtype=None):
     "Empty (bs, n, channels) with the batch size, channels and, on a CPU, the layout of `t`, (bs, m, channels)"
@@ -70,7 +85,36 @@ def _rows_like(t, n, dtype=None):
     is_rows = t.stride(-1) == 1 or not on_cpu(t)
     return t.new_empty(bs, n, c, dtype=dtype) if is_rows else t.new_empty(bs, c, n, dtype=dtype).mT
 
-def most(t): return (ROWS,COLS) if on_cpu(t) else (2048,2048)     # where starting a step costs more than reading memory
+def _columns_like(t):
+    "Empty (bs, n, channels), channel by channel: narrow products are faster so"
+    return torch.empty_like(t.mT, memory_format=torch.contiguous_format).mT
+
+
+# %% ../../nbs/api/attention/tiles.ipynb #2c8e5f90
+def _cuts(n, n_tiles, rows):
+    "Walk over `n` rows, `n_tiles` tiles of `rows` or fewer at once: first row, how many, how many tiles"
+    start = 0
+    while start < n:
+        here = min(n_tiles*rows, n-start)
+        n_here = n_tiles if here >= n_tiles else 1
+        here -= here%n_here     # tiles of one size; the few rows that are left over are the last one
+        yield start,here,n_here
+        start += here
+
+def _cut(t, start, n, n_tiles):
+    "A view of rows of (bs, m, channels): (bs, n, channels), or (n_tiles, n/n_tiles, channels) of a single image"
+    t = t[:, start:start+n]
+    return t if n_tiles == 1 else t.unflatten(1, (n_tiles,-1))[0]
+
+def _shared(t, n_tiles): return t if n_tiles == 1 else t.expand(n_tiles, -1, -1)
+
+def _packed(t): return t.contiguous() if t.stride(-1) == 1 else t.mT.contiguous().mT
+
+def _with_channel(t, one):
+    "Packed (bs, n, channels + 1)"
+    return torch.cat([t, one], 2) if t.stride(-1) == 1 else torch.cat([t.mT, one.mT], 1).mT
+
+def _with_ones(t): return _with_channel(t, t.new_ones(1, 1, 1).expand(*t.shape[:2], 1))
 
 def _product(a, b, block):
     "`a @ b` in the memory of the flat tensor `block`"
@@ -79,9 +123,8 @@ def _product(a, b, block):
 
 def _accumulate(acc, a, b, first):
     "`a @ b` into `acc`, over what is there if `first`, else on top of it"
-    if not first: acc.baddbmm_(a, b)
-    elif acc.stride(-1) == 1: torch.bmm(a, b, out=acc)
-    else: torch.bmm(b.mT, a.mT, out=acc.mT)
+    if first: torch.bmm(a, b, out=acc)
+    else: acc.baddbmm_(a, b)
 
 # %% ../../nbs/api/attention/tiles.ipynb #03cffd04
 watchers = []     # functions that get the share of a forward walk that is done, for progress bars
@@ -89,37 +132,43 @@ watchers = []     # functions that get the share of a forward walk that is done,
 def _tell(share):
     for f in watchers: f(share)
 
+def _largest(keys, qt, block):
+    "The largest logit of each column, over all key tiles"
+    largest = [_product(_shared(kt, len(qt)), qt, block).amax(1, keepdim=True) for kt,_ in keys]
+    return torch.stack(largest).amax(0)
+
 def forward_tiles(q, k, v, scale, max_bytes=None):
     "Output (bs, nq, dv) and log-sum-exp (bs, nq, 1), base 2 and of centred keys, tile by tile"
-    dtype,o = v.dtype,_rows_like(v, q.shape[1], precise(v))
+    (bs,nq,_),dtype,o = q.shape,v.dtype,_rows_like(v, q.shape[1], precise(v))
     q,k,v = _prepare(q, k, v, scale)
-    lse = q.new_empty(*q.shape[:2], 1)
+    lse = q.new_empty(bs, nq, 1)
     safe = _safe_rows(q, k, v) if on_cpu(q) else lse     # elsewhere not looked at
-    tb,tr,tc = size = tile(q.shape[0], q.shape[1], k.shape[1], most(q), budget(q, max_bytes, 1))
+    tb,n_tiles,tr,tc = size = tile(bs, nq, k.shape[1], most(q), budget(q, max_bytes, 1), _threads(q))
     block = q.new_empty(math.prod(size))     # the memory of every tile, one after the other
-    n_rows,n_done = max(1, len(q)*q.shape[1]),0
-    for qb,kb,vb,ob,lseb,safeb in steps(0, tb, q, k.mT, v.mT, o, lse, safe):     # b: some images
-        tiles = list(steps(2, tc, kb, vb))
-        for qt,ot,lset,safet in steps(1, tr, qb, ob, lseb, safeb):     # t: some of their query pixels, below with some keys
-            top = None
-            if not (on_cpu(q) and safet.all()):     # a first walk for the largest logit of each row; to ask, a GPU would have to wait
-                for kt,_ in tiles:
-                    tile_top = _product(qt, kt, block).amax(-1, keepdim=True)
-                    top = tile_top if top is None else torch.maximum(top, tile_top)
-            total = 0
-            acc = ot if len(tiles) == 1 else ot.new_empty(ot.shape)     # `ot` may have gaps: sum beside it
-            for i,(kt,vt) in enumerate(tiles):
-                p = _product(qt, kt, block)
+    n_done = 0
+    for qb,kb,vb,ob,lseb,safeb in steps(0, tb, q, k, v, o, lse, safe):     # b: some images
+        keys = [(_packed(kt),_with_ones(vt).mT) for kt,vt in steps(1, tc, kb, vb)]     # t: of a tile
+        for start,n,n_here in _cuts(nq, n_tiles, tr):
+            qt,ot,lset = (_cut(t, start, n, n_here).mT for t in (qb,ob,lseb))
+            qt,top = _packed(qt),None
+            if not (on_cpu(q) and safeb[:, start:start+n].all()):     # a first walk; to ask, a GPU would have to wait
+                top = _largest(keys, qt, block)
+            acc = qt.new_empty(len(qt), v.shape[2]+1, qt.shape[2])     # `ot` may have gaps: sum beside it
+            for i,(kt,vt) in enumerate(keys):
+                p = _product(_shared(kt, n_here), qt, block)
                 if top is not None: p.sub_(top)
-                total = total + p.exp2_().sum(-1, keepdim=True)     # what `acc` is divided by in the end
-                _accumulate(acc, p, vt.mT, i==0)
-            torch.div(acc, total, out=ot)
+                if top is not None and on_cpu(q): _flush(p)
+                _accumulate(acc, _shared(vt, n_here), p.exp2_(), i==0)
+            total = acc[:,-1:]     # of the weights, from the channel of ones
+            torch.div(acc[:,:-1], total, out=ot)
             torch.log2(total, out=lset)
             if top is not None: lset.add_(top)     # `total` was of 2^(logit-top)
             n_done += lset.numel()
-            _tell(n_done/n_rows)
+            _tell(n_done/max(1, bs*nq))
     return o.to(dtype),lse
 
+
+# %% ../../nbs/api/attention/tiles.ipynb #19c3ab5d
 @torch.library.custom_op('fastai_selfattn::attend', mutates_args=())
 def attend_op(q:Tensor, k:Tensor, v:Tensor, scale:float, max_bytes:int|None=None)->tuple[Tensor,Tensor]:
     "`forward_tiles`, for PyTorch"
@@ -132,31 +181,38 @@ def _(q, k, v, scale, max_bytes=None): return _rows_like(v, q.shape[1]),q.new_em
 def backward_tiles(q, k, v, o, lse, do, scale, max_bytes=None):
     "Gradients of `q`, `k` and `v`, tile by tile, `beta` recomputed from `lse`"
     dtypes,dv = (q.dtype,k.dtype,v.dtype),_rows_like(v, v.shape[1], precise(v))
+    (bs,nq,_),nk = q.shape,k.shape[1]
     q,k,v = _prepare(q, k, v, scale)
     do = do.to(q.dtype)
-    delta = (do*o).sum(-1)[:,None]     # without a walk over `beta`
-    dq = torch.zeros_like(q.mT, memory_format=torch.contiguous_format)     # (bs, d, nq): narrow products are faster so
-    dk = torch.empty_like(k.mT, memory_format=torch.contiguous_format)
-    k1 = torch.cat([k, torch.ones_like(k[...,:1])], 2)
-    q1 = torch.cat([q.mT, -lse.mT], 1)     # so `k1 @ q1` is the logits, `lse` taken off: the log of `beta`, keys as rows
-    tb,tr,tc = size = tile(q.shape[0], k.shape[1], q.shape[1], most(q), budget(q, max_bytes, 2))
+    delta = (do*o).sum(-1, keepdim=True)     # without a walk over `beta`
+    dq,dk = _columns_like(q).zero_(),_columns_like(k)
+    deep = _length(q)*_length(k).amax(1, keepdim=True) + lse > _SAFE if on_cpu(q) else lse     # rows with weights too small to count
+    tb,n_tiles,tr,tc = size = tile(bs, nk, nq, most(q), budget(q, max_bytes, 2), _threads(q))
     block_p,block_ds = q.new_empty(2, math.prod(size))
-    for q1b,dob,deltab,dqb,k1b,kb,vb,dkb,dvb in steps(0, tb, q1, do.mT, delta, dq, k1, k.mT.contiguous(), v, dk, dv):
-        tiles = list(steps(2, tc, q1b, dob, deltab, dqb))
-        for k1t,kt,vt,dkt,dvt in zip(k1b.split(tr, 1), kb.split(tr, 2), vb.split(tr, 1), dkb.split(tr, 2), dvb.split(tr, 1)):
-            if len(tiles) == 1: dk_acc,dv_acc = dkt,dvt
-            else: dk_acc,dv_acc = dkt.new_empty(dkt.shape),dvt.new_empty(dvt.shape)     # as in the forward pass
-            for i,(q1t,dot,deltat,dqt) in enumerate(tiles):
-                p = _product(k1t, q1t, block_p).exp2_()
-                ds = _product(vt, dot, block_ds).sub_(deltat).mul_(p)     # dS = P * (dP - delta)
-                _accumulate(dv_acc, p, dot.mT, i==0)
-                _accumulate(dk_acc, q1t[:,:-1], ds.mT, i==0)     # without the channel of `lse`
-                dqt.baddbmm_(kt, ds)     # centred keys will do: over all keys, `ds` sums to 0
-            if len(tiles) > 1: dkt.copy_(dk_acc), dvt.copy_(dv_acc)
+    for qb,lseb,dob,deltab,dqb,deepb,kb,vb,dkb,dvb in steps(0, tb, q, lse, do, delta, dq, deep, k, v, dk, dv):
+        queries = [(_with_channel(qt, -lset),_with_channel(dot, -deltat),dqt.mT,on_cpu(q) and deept.any())
+                   for qt,lset,dot,deltat,dqt,deept in steps(1, tc, qb, lseb, dob, deltab, dqb, deepb)]
+        for start,n,n_here in _cuts(nk, n_tiles, tr):
+            kt,vt,dkt,dvt = (_cut(t, start, n, n_here) for t in (kb,vb,dkb,dvb))
+            kt,vt = _with_ones(kt).mT,_with_ones(vt).mT
+            dk_acc,dv_acc = (_columns_like(t).mT for t in (dkt,dvt))
+            for i,(qt,dot,dqt,is_deep) in enumerate(queries):
+                qt,dot = _shared(qt, n_here),_shared(dot, n_here)
+                p = _product(qt, kt, block_p)     # the log of `beta`
+                if is_deep: _flush(p)
+                p.exp2_()
+                ds = _product(dot, vt, block_ds).mul_(p)     # dS = P * (dP - delta)
+                _accumulate(dv_acc, dot[...,:-1].mT, p, i==0)
+                _accumulate(dk_acc, qt[...,:-1].mT, ds, i==0)
+                if n_here == 1: dqt.baddbmm_(kt[:,:-1], ds.mT)     # centred keys will do: over all keys, `ds` sums to 0
+                else: dqt.add_((kt[:,:-1] @ ds.mT).sum(0))
+            dkt.copy_(dk_acc.mT),dvt.copy_(dv_acc.mT)
     dq.mul_(scale),dk.div_(LOG2E)     # `q` came times scale * log2 e: `dq` lacks the scale, `dk` has log2 e too much
-    dq,dk = (t.mT if on_cpu(t) else t.mT.contiguous() for t in (dq,dk))     # elsewhere as PyTorch's kernels give them
+    if not on_cpu(q): dq,dk = dq.contiguous(),dk.contiguous()     # as PyTorch's kernels give them
     return tuple(t.to(dtype) for t,dtype in zip((dq, dk, dv), dtypes))
 
+
+# %% ../../nbs/api/attention/tiles.ipynb #7be2f0a4
 @torch.library.custom_op('fastai_selfattn::attend_grad', mutates_args=())
 def grad_op(q:Tensor, k:Tensor, v:Tensor, o:Tensor, lse:Tensor, do:Tensor, scale:float, max_bytes:int|None=None
            )->tuple[Tensor,Tensor,Tensor]:
@@ -165,8 +221,7 @@ def grad_op(q:Tensor, k:Tensor, v:Tensor, o:Tensor, lse:Tensor, do:Tensor, scale
 
 @grad_op.register_fake
 def _(q, k, v, o, lse, do, scale, max_bytes=None):
-    def columns(t): return torch.empty_like(t.mT, memory_format=torch.contiguous_format).mT
-    dq,dk = (columns(t) if on_cpu(t) else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q,k))
+    dq,dk = (_columns_like(t) if on_cpu(t) else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q,k))
     return dq,dk,_rows_like(v, v.shape[1])
 
 # %% ../../nbs/api/attention/tiles.ipynb #e19cc4dd

@@ -168,7 +168,7 @@ def _bench_parser():
                         "and what they say to the choices that this package makes")
     p.add_argument('--dry', action='store_true', help="with --gpu: a tiny form of it on the CPU, to see that it runs")
     p.add_argument('--shapes', metavar='SHAPES',
-                   help="table (what a U-Net meets), sides (one image, 16x16 to 256x256), all, or shapes bs,c,side "
+                   help="table (what a U-Net meets), sides (one image, 8x8 to 256x256), all, or shapes bs,c,side "
                         "or bs,c,hxw such as '8,512,16 1,64,96x80' (table; with --gpu shapes of its own)")
     p.add_argument('--contestants', default='*', metavar='NAMES',
                    help=f"names or shell patterns, separated by commas, of: {', '.join(CONTESTANTS)}; "

@@ -33,7 +33,7 @@ REDUCTION = 8     # c/d: fastai's `SelfAttention`, as in SAGAN (arXiv 1805.08318
 # %% ../../nbs/api/bench/cost.ipynb #c0b2d0ad
 SHAPES = {     # bs,c,side
     'table': '8,512,16 4,256,32 2,128,64 2,256,64 1,128,96 1,64,96 1,64,128 1,64,256',
-    'sides': '1,64,16 1,64,24 1,64,32 1,64,48 1,64,64 1,64,96 1,64,128 1,64,192 1,64,256'}
+    'sides': '1,64,8 1,64,16 1,64,24 1,64,32 1,64,48 1,64,64 1,64,96 1,64,128 1,64,192 1,64,256'}
 SHAPES['all'] = ' '.join(SHAPES.values())
 
 # %% ../../nbs/api/bench/cost.ipynb #5d5c2851
@@ -49,7 +49,7 @@ def _parse_shape(text):
     return shape
 
 def parse_shapes(
-    text:str, # 'table', 'sides' (one image, 64 channels, 16x16 to 256x256), 'all', or shapes such as '8,512,16 1,64,96x80'
+    text:str, # 'table', 'sides' (one image, 64 channels, 8x8 to 256x256), 'all', or shapes such as '8,512,16 1,64,96x80'
 )->list[Shape]:
     "The shapes that `text` names, each once; `ValueError` if it names none"
     shapes = map(_parse_shape, SHAPES.get(text, text).split())
@@ -114,12 +114,12 @@ def rate_meter(
     return rates
 
 # %% ../../nbs/api/bench/cost.ipynb #971b234b
-def floor_seconds(
+def floor_parts(
     shape:Shape,
     backward:bool, # of a forward and backward pass together
     rates:tuple[float,float], # operations and exponentials a second, as from `rate_meter`
-)->float:
-    "The seconds that a machine with these rates needs for what `attention_cost` counts"
+)->tuple[float,float]: # seconds for the operations, and for the exponentials
+    "What a machine with these rates needs for what `attention_cost` counts; the floor is their sum"
     ops,exps = attention_cost(shape, backward)
     ops_rate,exp_rate = rates
-    return ops/ops_rate + exps/exp_rate
+    return ops/ops_rate,exps/exp_rate

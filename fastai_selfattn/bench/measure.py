@@ -26,10 +26,11 @@ import torch
 
 from .. import __version__
 from .contestants import CONTESTANTS, check_layers, parse_contestants, prepare_layers
-from .cost import Shape, floor_seconds, parse_shapes, rate_meter, seconds_of
+from .cost import Shape, floor_parts, parse_shapes, rate_meter, seconds_of
 
 # %% ../../nbs/api/bench/measure.ipynb #6df6e4fb
 PASSES = 'forward','forward+backward'     # `backward` is the index
+FLOOR = 'products','exponentials'         # parts of the floor
 
 def _step(layer, x, grad=None):
     "A forward pass without a graph, or with `grad` a forward and backward pass"
@@ -53,7 +54,7 @@ def _turn(layers, x, grad, order):
     return times
 
 def _rounds(layers, x, seconds):
-    "Seconds of every layer, and of the floor, in every round: a table for each pass"
+    "Seconds of every layer, and of the parts of the floor, in every round: a table for each pass"
     shape = Shape(*x.shape)
     rates = rate_meter()
     order = random.Random(0)
@@ -69,17 +70,19 @@ def _rounds(layers, x, seconds):
 
     while not is_enough():
         for backward,grad in enumerate(grads):
-            floor = floor_seconds(shape, backward, rates())
-            rows[backward].append({'floor':floor} | _turn(layers, x, grad, order))
+            floor = dict(zip(FLOOR, floor_parts(shape, backward, rates())))
+            rows[backward].append(floor | _turn(layers, x, grad, order))
     return [pd.DataFrame(r) for r in rows]
 
 # %% ../../nbs/api/bench/measure.ipynb #054ee343
 def _time_columns(times, name, same):
     "The time columns of one contestant, from the table of one pass; a floor only if it is the `same` mathematics"
-    t,floor = times[name],times['floor']
+    t,floor = times[name],times[list(FLOOR)].sum(axis=1)
     res = {'rounds':len(t), 'median ms':1000*t.median(), 'min ms':1000*t.min()}
     if 'fastai' in times: res['ratio to fastai'] = (t/times['fastai']).median()
-    if same: res |= {'floor ms':1000*floor.median(), 'times over floor':(t/floor).median()}
+    if same:
+        res |= {f'{part} ms':1000*times[part].median() for part in FLOOR}
+        res |= {'floor ms':1000*floor.median(), 'times over floor':(t/floor).median()}
     return res
 
 # %% ../../nbs/api/bench/measure.ipynb #a7ec6cac
@@ -203,7 +206,7 @@ def _time_shape(shape, names, seconds):
 # %% ../../nbs/api/bench/measure.ipynb #4fc7ffa7
 COLUMNS = [
     'shape', 'n', 'contestant', 'pass', 'ran',
-    'rounds', 'median ms', 'min ms', 'ratio to fastai', 'floor ms', 'times over floor', 'extra MiB',
+    'rounds', 'median ms', 'min ms', 'ratio to fastai', 'products ms', 'exponentials ms', 'floor ms', 'times over floor', 'extra MiB',
     'machine', 'cores', 'threads', 'os', 'python', 'torch', 'fastai', 'package version', 'date', 'note']
 
 # %% ../../nbs/api/bench/measure.ipynb #052927b3

@@ -314,7 +314,7 @@ def test_a_kernel_asked_for_by_name_elsewhere_is_refused():
         assert not ran
 
 def test_which_backend_and_the_list_of_calls():
-    large, small = laid('rows', 1, 600, 600, 3, 4), laid('rows', 2, 5, 7, 3, 4, torch.float32)
+    large, small = laid('rows', 1, 800, 800, 3, 4), laid('rows', 2, 5, 7, 3, 4, torch.float32)
     with attention_backend() as outer:
         attend(*large)
         with attention_backend('sdpa') as inner: attend(*small)
@@ -322,7 +322,7 @@ def test_which_backend_and_the_list_of_calls():
     attend(*small)
     assert [r.backend for r in outer] == ['tiled', 'sdpa', 'math'] and inner == [outer[1]]
     assert outer[1] == Ran('sdpa', 'asked for by `attention_backend`', 'cpu', torch.float32, 2, 5, 7, 3, 4)
-    assert which_backend(*large) == outer[0][:2] == ('tiled', 'more than 512 keys') and which_backend(*small)[0] == 'math'
+    assert which_backend(*large) == outer[0][:2] == ('tiled', 'more than 784 keys') and which_backend(*small)[0] == 'math'
     assert which_backend(*[t.to('meta') for t in small]) == ('math', 'no kernel is known for meta; 1,048,576 weights or fewer')
     with pytest.raises(ValueError, match='same channels'): which_backend(large[0], large[2], large[2])
     assert not ops._lists

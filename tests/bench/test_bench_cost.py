@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from fastai_selfattn.bench.contestants import prepare_layers
-from fastai_selfattn.bench.cost import Shape, attention_cost, floor_seconds, parse_shapes, rate_meter
+from fastai_selfattn.bench.cost import Shape, attention_cost, floor_parts, parse_shapes, rate_meter
 
 class Count(torch.utils._python_dispatch.TorchDispatchMode):
     "Counts multiply-add pairs of matrix products, twice each, and what goes through a softmax"
@@ -37,9 +37,9 @@ def test_cost_of_both_passes_is_that_of_fastai_and_the_weights_anew(shape):
     assert attention_cost(shape, backward=True) == (project + count.ops + anew, 2*count.exps)
 
 @pytest.mark.parametrize('backward', [False, True])
-def test_floor_adds_operations_and_exponentials(backward):
+def test_parts_of_the_floor(backward):
     ops,exps = attention_cost(Shape(2, 24, 5, 7), backward)
-    assert floor_seconds(Shape(2, 24, 5, 7), backward, (ops/3, exps/4)) == pytest.approx(3+4)
+    assert floor_parts(Shape(2, 24, 5, 7), backward, (ops/3, exps/4)) == pytest.approx((3, 4))
 
 def test_rates_are_measured_anew():
     rates = rate_meter(32)

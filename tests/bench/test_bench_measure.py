@@ -21,7 +21,7 @@ def test_what_differs_is_not_timed(monkeypatch, quick):
 
 def test_what_ran_stands_in_every_row_of_ours(quick):
     "`ours` takes tiles where the map is large; the others have no backend"
-    df = bench_shape(Shape(1, 8, 25, 25), ['ours', 'ours math', 'ours sdpa', 'fastai'], .01, memory=False).set_index('contestant')
+    df = bench_shape(Shape(1, 8, 29, 29), ['ours', 'ours math', 'ours sdpa', 'fastai'], .01, memory=False).set_index('contestant')
     assert df.groupby('contestant')['ran'].unique().map(list).to_dict() == {'ours': ['tiled'], 'ours math': ['math'], 'ours sdpa': ['sdpa'], 'fastai': ['']}
 
 @pytest.mark.skipif(not importlib.util.find_spec('timm'), reason="timm is not installed")
@@ -38,12 +38,12 @@ def test_rounds(quick):
     layers,x = prepare_layers(SHAPE, ['ours', 'fastai'])
     forward,both = measure._rounds(layers, x, seconds=.01)
     for t in (forward, both):
-        assert len(t) >= 3 and set(t) == {'floor', 'ours', 'fastai'} and (t > 0).all(axis=None)
+        assert len(t) >= 3 and set(t) == {'products', 'exponentials', 'ours', 'fastai'} and (t > 0).all(axis=None)
     assert x.grad is None
     assert len(measure._rounds(layers, x, seconds=.5)[0]) > 3
 
 def test_ratio_is_within_rounds():
-    t = pd.DataFrame(dict(floor=[1., 1., 4.], fastai=[2., 2., 8.], ours=[1., 9., 4.]))
+    t = pd.DataFrame(dict(products=[.75, .75, 3.], exponentials=[.25, .25, 1.], fastai=[2., 2., 8.], ours=[1., 9., 4.]))
     assert measure._time_columns(t, 'ours', True)['ratio to fastai'] == .5 and t['ours'].median()/t['fastai'].median() == 2
     assert measure._time_columns(t, 'ours', True)['times over floor'] == 1 and 'times over floor' not in measure._time_columns(t, 'ours', False)
     assert 'ratio to fastai' not in measure._time_columns(t.drop(columns='fastai'), 'ours', True)

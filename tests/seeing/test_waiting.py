@@ -130,7 +130,7 @@ def test_numbers_of_several_dtypes_are_fetched_as_they_are():
 def test_the_logger_says_once_what_ran(capsys):
     logger = GammaLogger()
     learn = learner(logger)
-    said = 'math on cpu in float32 (at most 512 keys, and the map is no larger than two feature maps)'
+    said = 'math on cpu in float32 (at most 784 keys, and the map is no larger than two feature maps)'
     learn.fit(1)
     assert logger.ran == said and capsys.readouterr().out == f'attention ran as {said}\n'
     learn.fit(1)
