@@ -97,6 +97,8 @@ def random_kept(
 # %% ../nbs/api/quiet.ipynb #91b2344b
 _plain = bool,int,float,str,type(None)
 
+def _same(a, b): return torch.equal(a, b) or a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())     # NaN is the same as NaN
+
 def _flags(module): return {k:v for k,v in vars(module).items() if isinstance(v, _plain) and k != 'training'}
 
 @contextmanager
@@ -113,7 +115,7 @@ def unchanged(
         with torch.no_grad():
             for m,n,b,old in buffers:
                 m._buffers[n] = b
-                if old is None or b.is_meta or torch.equal(b, old): continue     # writing would spoil a backward pass under way
+                if old is None or b.is_meta or _same(b, old): continue     # writing would spoil a backward pass under way
                 b.copy_(old)
         for m,before in flags:
             for name in _flags(m).keys()-before.keys(): del vars(m)[name]

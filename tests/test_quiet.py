@@ -1,5 +1,6 @@
 "`quiet`: a look at somebody's model or data leaves no trace, whatever happens during the look"
 import copy
+import math
 import random
 from functools import partial
 
@@ -172,6 +173,18 @@ def test_a_backward_pass_under_way_is_not_spoilt(context):
     loss.backward(), want.backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(net.parameters(), twin.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(net.buffers(), twin.buffers()))
+
+
+@pytest.mark.parametrize('context', [unchanged, undisturbed], ids=lambda f: f.__name__)
+def test_numbers_that_are_none_stay_untouched(context):
+    "Statistics of an overflow are NaN, which equals nothing, not even itself"
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)).train()
+    with torch.no_grad(): net[1].running_mean[2], net[1].running_var[3] = math.nan, math.inf
+    before = [(id(b), b._version) for b in net.buffers()]
+    with context(net): net(torch.randn(2, 3, 7, 9))
+    assert [(id(b), b._version) for b in net.buffers()] == before
+    with context(net) as m: m[1].running_mean[2] = 1.
+    assert net[1].running_mean[2].isnan()
 
 
 def test_gradients_and_precision_inside():

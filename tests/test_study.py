@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from conftest import root
 
-SCRIPTS = {'swatches':7, 'starting':11, 'rates':4, 'where':7, 'where_walls':7, 'walls':4, 'gan':7, 'swatch_rooms':4}     # arms of each
+SCRIPTS = {'swatches':7, 'starting':11, 'replacing':5, 'rates':4, 'where':7, 'where_walls':7, 'walls':4, 'gan':7, 'swatch_rooms':4}     # arms of each
 
 @pytest.fixture
 def script(monkeypatch):
