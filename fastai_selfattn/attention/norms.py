@@ -98,7 +98,10 @@ def _power_iteration(weight:Tensor, u:Tensor, v:Tensor, n_iter:int)->None:
     v.copy_(F.normalize(new_v, dim=0))
 
 @torch.no_grad()
-def _settle(conv): _power_iteration(conv.weight_orig.flatten(1), conv.weight_u, conv.weight_v, 100)
+def _settle(conv):
+    w = conv.weight_orig
+    if hasattr(w, 'full_tensor'): w = w.full_tensor()     # under FSDP a process has a part of it, between forward passes
+    _power_iteration(w.flatten(1), conv.weight_u, conv.weight_v, 100)
 
 def _unrecorded(f, *args):
     "Call `f` so that a `torch.jit.trace` under way does not see it: tracing is per thread"
