@@ -97,7 +97,9 @@ def random_kept(
 # %% ../nbs/api/quiet.ipynb #91b2344b
 _plain = bool,int,float,str,type(None)
 
-def _same(a, b): return torch.equal(a, b) or a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())     # NaN is the same as NaN
+def _same(a, b):
+    if torch.equal(a, b): return True
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())     # NaN is the same as NaN
 
 def _flags(module): return {k:v for k,v in vars(module).items() if isinstance(v, _plain) and k != 'training'}
 

@@ -285,6 +285,15 @@ def attention_weights(
         logits = q[:,rows].to(dt)*scale @ k.to(dt).mT
         return logits.softmax(-1) if softmax else logits
 
+# %% ../../nbs/api/attention/ops.ipynb #4be1d07a
+def _weights_and_entropy(logits):
+    "Softmax of rows of logits, powers of 2, which are written over; those too small to count are 0; entropy in nats"
+    log_w = tiles.flush(logits.sub_(logits.amax(-1, keepdim=True)))     # of weights that are yet to be divided by `total`
+    w = log_w.exp2()
+    total = w.sum(-1, keepdim=True)
+    p = w/total
+    return p,(total[...,0].log2() - (p*log_w).sum(-1))/tiles.LOG2E
+
 # %% ../../nbs/api/attention/ops.ipynb #915f63b1
 class AttentionStats(NamedTuple):
     "What each query pixel does with its weights, a number for each query pixel"
@@ -321,9 +330,7 @@ def attention_stats(
         for qb,kb,outb in steps(0, n_images, q, k, out.transpose(0, 1)):
             kb = kb.to(dt).mT
             for qt,at,i,o in zip(qb.split(rows, 1), q_at.split(rows), own.split(rows), outb.split(rows, 2)):
-                log_p = (scale*qt.to(dt) @ kb).log_softmax(-1)
-                p = log_p.exp()
-                o[:,0] = 0-(p*log_p).sum(-1)
+                p,o[:,0] = _weights_and_entropy((scale*tiles.LOG2E)*qt.to(dt) @ kb)
                 o[:,2] = (p*torch.cdist(at, k_at, compute_mode='donot_use_mm_for_euclid_dist')).sum(-1)
                 o[:,3] = p.gather(2, i.expand(len(p), -1)[...,None])[...,0]
                 o[:,4] = p.amax(-1)

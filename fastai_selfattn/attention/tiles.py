@@ -18,12 +18,13 @@ from torch.autograd import Function
 # %% ../../nbs/api/attention/tiles.ipynb #bb430b5e
 ROWS,COLS = 512,512     # of a tile on a CPU
 FEWEST = 64             # rows, below which a thread has no tile of its own
+NO_LIMIT = 2**62        # weights
 
-def tile(bs, rows, cols, most=None, budget=math.inf, threads=1):
+def tile(bs, rows, cols, most=None, budget=NO_LIMIT, threads=1):
     "Images, tiles side by side, and rows and columns of each, of `bs` maps of rows x cols; `budget` weights at most in all"
     most_rows,most_cols = most or (ROWS,COLS)
     most_area,rows,cols = most_rows*most_cols,max(1, rows),max(1, cols)
-    n = int(max(1, min(threads, rows//FEWEST, budget//FEWEST**2)))
+    n = max(1, min(threads, rows//FEWEST, budget//FEWEST**2))
     if max(1, bs) >= n and rows*cols <= min(4*most_area, budget):
         return max(1, min(bs, min(8*most_area, budget) // (rows*cols))),1,rows,cols
     area = min(most_area, budget//n)
@@ -36,7 +37,7 @@ LEAST = 2**14     # bytes: tiles of 64 x 64 and of 45 x 45, below which a step i
 
 def budget(t, max_bytes, blocks):
     "How many weights, numbers like those of `t`, each of `blocks` blocks may hold"
-    return math.inf if max_bytes is None else max_bytes//(blocks*t.element_size())
+    return NO_LIMIT if max_bytes is None else max_bytes//(blocks*t.element_size())
 
 # %% ../../nbs/api/attention/tiles.ipynb #d5b9d8df
 LOG2E,_SAFE = math.log2(math.e),100.
@@ -65,7 +66,7 @@ def _safe_rows(q, k, v):
     return _length(q)*_length(k).amax(1, keepdim=True) <= _safe(v)
 
 # %% ../../nbs/api/attention/tiles.ipynb #91b6a3de
-def _flush(logits):
+def flush(logits):
     "Logits, powers of 2, of weights too small to count become those of 0; NaN stays NaN"
     smallest = math.log2(torch.finfo(logits.dtype).tiny)     # -126 in float32
     return F.threshold_(logits, smallest+26, 2*smallest)     # 26 more: what is multiplied with a weight may be small too
@@ -157,7 +158,7 @@ def forward_tiles(q, k, v, scale, max_bytes=None):
             for i,(kt,vt) in enumerate(keys):
                 p = _product(_shared(kt, n_here), qt, block)
                 if top is not None: p.sub_(top)
-                if top is not None and on_cpu(q): _flush(p)
+                if top is not None and on_cpu(q): flush(p)
                 _accumulate(acc, _shared(vt, n_here), p.exp2_(), i==0)
             total = acc[:,-1:]     # of the weights, from the channel of ones
             torch.div(acc[:,:-1], total, out=ot)
@@ -199,7 +200,7 @@ def backward_tiles(q, k, v, o, lse, do, scale, max_bytes=None):
             for i,(qt,dot,dqt,is_deep) in enumerate(queries):
                 qt,dot = _shared(qt, n_here),_shared(dot, n_here)
                 p = _product(qt, kt, block_p)     # the log of `beta`
-                if is_deep: _flush(p)
+                if is_deep: flush(p)
                 p.exp2_()
                 ds = _product(dot, vt, block_ds).mul_(p)     # dS = P * (dP - delta)
                 _accumulate(dv_acc, dot[...,:-1].mT, p, i==0)

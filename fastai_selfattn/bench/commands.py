@@ -73,6 +73,7 @@ _styles = {     # color, line, marker
     'ours tiled': ('C0', '--', 's'),
     'ours math': ('C9', ':', 'v'),
     'ours sdpa': ('C4', ':', '^'),
+    'ours fused': ('C6', '--', 'v'),
     'fastai': ('C3', '-', 'o'),
     'F.sdpa': ('C1', '-', '^'),
     'F.sdpa padded': ('C2', '-', 'D'),

@@ -17,7 +17,8 @@ def test_all_give_the_answer_of_fastai(by_hand):
 def test_weights_are_shared_and_attention_is_on():
     layers,_ = prepare_layers(SHAPE, SAME)
     first = layers['fastai'].state_dict()
-    for layer in layers.values():
+    for name,layer in layers.items():
+        if name == 'ours fused': continue     # its plain weights are those that it was loaded with, normalised
         for k,v in layer.state_dict().items(): torch.testing.assert_close(v, first[k], rtol=1e-4, atol=1e-5)
     assert first['gamma'] == .5
 
@@ -38,6 +39,14 @@ def test_check_bites(where, by_hand):
     bad = Altered(24, where)
     bad.load_state_dict(layers['fastai'].state_dict())
     assert f"{where} differs from fastai's" in check_layers({'bad': bad}, x, layers['fastai'], by_hand)['bad']
+
+def test_only_a_fused_layer_has_weights_that_are_not_compared():
+    layers,x = prepare_layers(SHAPE, SAME)
+    names = {n:{k for k,_ in layer.named_parameters()} for n,layer in layers.items()}
+    assert {n for n in SAME if names[n] != names['fastai']} == {'ours fused'}
+    assert names['ours fused'] - names['fastai'] == {f'{n}.0.weight' for n in ('query', 'key', 'value')}
+    with torch.no_grad(): layers['ours fused'].value[0].weight[3] *= 1.1
+    assert 'the output differs' in check_layers({'ours fused': layers['ours fused']}, x, layers['fastai'])['ours fused']
 
 def test_check_does_not_take_nan():
     assert 'differs' in _difference({'a': torch.tensor([np.nan])}, {'a': torch.ones(1)})
