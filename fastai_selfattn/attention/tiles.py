@@ -90,7 +90,6 @@ def _columns_like(t):
     "Empty (bs, n, channels), channel by channel: narrow products are faster so"
     return torch.empty_like(t.mT, memory_format=torch.contiguous_format).mT
 
-
 # %% ../../nbs/api/attention/tiles.ipynb #2c8e5f90
 def _cuts(n, n_tiles, rows):
     "Walk over `n` rows, `n_tiles` tiles of `rows` or fewer at once: first row, how many, how many tiles"
@@ -168,7 +167,6 @@ def forward_tiles(q, k, v, scale, max_bytes=None):
             _tell(n_done/max(1, bs*nq))
     return o.to(dtype),lse
 
-
 # %% ../../nbs/api/attention/tiles.ipynb #19c3ab5d
 @torch.library.custom_op('fastai_selfattn::attend', mutates_args=())
 def attend_op(q:Tensor, k:Tensor, v:Tensor, scale:float, max_bytes:int|None=None)->tuple[Tensor,Tensor]:
@@ -211,7 +209,6 @@ def backward_tiles(q, k, v, o, lse, do, scale, max_bytes=None):
     dq.mul_(scale),dk.div_(LOG2E)     # `q` came times scale * log2 e: `dq` lacks the scale, `dk` has log2 e too much
     if not on_cpu(q): dq,dk = dq.contiguous(),dk.contiguous()     # as PyTorch's kernels give them
     return tuple(t.to(dtype) for t,dtype in zip((dq, dk, dv), dtypes))
-
 
 # %% ../../nbs/api/attention/tiles.ipynb #7be2f0a4
 @torch.library.custom_op('fastai_selfattn::attend_grad', mutates_args=())

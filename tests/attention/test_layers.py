@@ -20,6 +20,7 @@ from formulas import rel, weight, written_out
 from torch import nn
 from torch.func import functional_call, grad, jacfwd, jacrev, vmap
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastai_selfattn.attention import ops
@@ -913,6 +914,26 @@ def test_watched_layers_give_the_same_and_each_hook_fires_once(cls, kwargs, wher
             if how != 'patched': copy.deepcopy(layer)
     layer.eval(), plain.eval()
     for a, b in zip(results(layer, layer, x), results(plain, plain, x)): assert rel(a, b) < 1e-10
+
+
+class Products(TorchFunctionMode):
+    "How often a map is multiplied by a weight"
+    def __init__(self): super().__init__(); self.n = 0
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.n += func in (F.conv1d, F.conv2d, F.linear)
+        return func(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize('cls', [SelfAttention, PooledSelfAttention2d, PaperSelfAttention])
+@pytest.mark.parametrize('last', [False, True], ids=['contiguous', 'channels last'])
+def test_three_convs_that_nobody_watches_are_one_product(cls, last):
+    layer, x = cls(24, gamma=.7).eval(), torch.randn(2, 24, 5, 7)
+    if last: x = x.to(memory_format=torch.channels_last)
+    n_out = hasattr(layer, 'out')
+    counts = {}
+    for who in ('plain', 'watched'):
+        with watching(layer, 'layer', 'forward', lambda what: None) if who == 'watched' else contextlib.nullcontext(), Products() as products: layer(x)
+        counts[who] = products.n
+    assert counts == dict(plain=1+n_out, watched=3+n_out)
 
 
 @each

@@ -162,13 +162,35 @@ def test_weights_too_small_to_count(monkeypatch, tiled, size, threads):
     q, k, v = inputs(1, 700, 1300, 4, 3)
     with torch.no_grad(): q *= size
     qkv, do = as_leaves((q, k, v), torch.float32), torch.randn(1, 700, 3)
-    seen, deep = [], []
-    monkeypatch.setattr(tiles, '_product', lambda *args, f=tiles._product: seen.append(p := f(*args)) or p)
+    deep = []
     monkeypatch.setattr(tiles, '_accumulate', lambda acc, a, b, first, f=tiles._accumulate: deep.append((0 < b.abs()) & (b.abs() < 2**-126)) or f(acc, a, b, first))
     o, want = attend(*qkv), plain(q, k, v)
-    assert not any(d.any() for d in deep) and rel(o.double(), want) < 3e-6 * max(10, size)
+    assert deep and not any(d.any() for d in deep) and rel(o.double(), want) < 3e-6 * max(10, size)
     for a, b in zip(torch.autograd.grad(o, qkv, do), torch.autograd.grad(want, (q, k, v), do.double())): assert rel(a.double(), b) < 3e-5 * max(10, size)
     assert not any(d.any() for d in deep)
+
+@pytest.mark.parametrize('size', [30., 300., 3000.])
+def test_statistics_of_sharp_maps(size):
+    q, k = (t.detach() for t in inputs(2, 41, 1300, 4, 3)[:2])
+    where = places(41, 1300, 2)
+    compare_stats(attention_stats(q * size, k, *where), plain_stats(q * size, k, *where), 1e-10, torch.float64)
+    where = [t.float() if t.is_floating_point() else t for t in where]
+    want = plain_stats((q * size).float().double(), k.float().double(), *where)
+    compare_stats(attention_stats((q * size).float(), k.float(), *where), want, 2e-4, torch.float32)
+
+@pytest.mark.parametrize('threads', [1, 2])
+def test_each_thread_has_a_tile_of_its_own(monkeypatch, tiled, threads):
+    "One large image as a batch of as many matrices, forward and backward"
+    shapes, before = [], torch.get_num_threads()
+    monkeypatch.setattr(tiles, '_product', lambda a, b, block, f=tiles._product: shapes.append((len(a), a.shape[1], b.shape[2])) or f(a, b, block))
+    torch.set_num_threads(threads)
+    try:
+        o = attend(*(qkv := inputs(1, 3072, 2048, 3, 5, torch.float32)))
+        forward = len(shapes)
+        o.sum().backward()
+    finally: torch.set_num_threads(before)
+    assert set(shapes) == {(threads, 512, 512)}
+    assert (forward, len(shapes) - forward) == (6*4//threads, 2*6*4//threads)     # each tile once, in the backward pass for two products
 
 def test_the_bound_below_which_weights_are_nothing(tiled):
     "2^-90 of the largest counts, 2^-101 does not; nor does it in a gradient, and NaN is no small number"
