@@ -51,8 +51,9 @@ _fused_given = ("{} is fused in what is loaded and not here: call `fuse_attentio
 # %% ../../nbs/api/attention/norms.ipynb #de3a7d32
 def mix(weight, x):
     "Channels of the pixels `x`, (bs, c, n), mixed by the matrix `weight`, (out, c), in the layout of `x`"
-    if x.stride(1) != 1: return F.conv1d(x, weight[...,None])
-    return F.linear(x.transpose(1, 2), weight).transpose(1, 2)
+    if x.stride(1) == 1: return F.linear(x.transpose(1, 2), weight).transpose(1, 2)
+    is_slow = x.device.type == 'cpu' and x.dtype != torch.float16     # a conv there takes up to five times as long with few channels
+    return torch.bmm(weight.expand(x.shape[0], -1, -1), x) if is_slow else F.conv1d(x, weight[...,None])
 
 class _Conv:
     "What convs of attention layers have in common: they make their own weight, and multiply pixels by it without a copy"
@@ -81,8 +82,9 @@ class _Conv:
 @torch.no_grad()
 def _power_step(weight, u, v, eps):
     "Move `u` and `v` one step towards the first singular vectors of the matrix `weight`, as PyTorch's hook does"
-    F.normalize(torch.mv(weight.t(), u), dim=0, eps=eps, out=v)
-    F.normalize(torch.mv(weight, v), dim=0, eps=eps, out=u)
+    for w,given,made in (weight.t(),u,v),(weight,v,u):
+        moved = torch.mv(w, given)
+        torch.div(moved, torch.linalg.vector_norm(moved).clamp_min_(eps), out=made)     # the numbers of `F.normalize` in less time
 
 # %% ../../nbs/api/attention/norms.ipynb #37bb37c2
 @torch.library.custom_op('fastai_selfattn::power_iteration', mutates_args=('u','v'))

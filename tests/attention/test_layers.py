@@ -920,7 +920,7 @@ class Products(TorchFunctionMode):
     "How often a map is multiplied by a weight"
     def __init__(self): super().__init__(); self.n = 0
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.n += func in (F.conv1d, F.conv2d, F.linear)
+        self.n += func in (F.conv1d, F.conv2d, F.linear, torch.bmm)
         return func(*args, **(kwargs or {}))
 
 @pytest.mark.parametrize('cls', [SelfAttention, PooledSelfAttention2d, PaperSelfAttention])

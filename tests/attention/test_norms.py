@@ -206,3 +206,15 @@ def test_an_error_while_settling_under_a_trace_is_raised(monkeypatch):
     monkeypatch.setattr(norms, '_settle', broken)
     with pytest.raises(RuntimeError, match='broken'): torch.jit.trace(layer, torch.randn(2, 24, 7))
     assert not layer[0]._settled
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('layout', ['rows', 'columns', 'every other column'])
+@pytest.mark.parametrize('bs', [0, 1, 3])
+def test_pixels_are_mixed_alike_in_every_layout_and_dtype(bs, layout, dtype):
+    torch.manual_seed(3)
+    x, w = torch.randn(bs, 6, 20).to(dtype), torch.randn(4, 6).to(dtype)
+    given = dict(rows=lambda: x.mT.contiguous().mT, columns=lambda: x, **{'every other column': lambda: x.repeat_interleave(2, 2)[..., ::2]})[layout]()
+    got, want = norms.mix(w, given), torch.einsum('oc,bcn->bon', w.double(), x.double())
+    assert got.dtype == dtype and (bs == 0 or (got.stride(1) == 1) == (layout == 'rows'))
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=8*torch.finfo(dtype).eps)
