@@ -379,6 +379,7 @@ class Endurance(RuleBasedStateMachine):
         self.numbers,self.flags,self.placed,self.written = plain_state(self.learn.model),flags(self.learn.model),{},{}
         self.n_hooks,self.only,self.saved,self.kept,self.copies = n_hooks(self.learn.model),None,None,None,[]
         self.last = 0
+        self.away = {}     # flags of what layers replaced
 
     def teardown(self):
         if hasattr(self, 'temp'): self.temp.cleanup()
@@ -408,7 +409,7 @@ class Endurance(RuleBasedStateMachine):
     def trains(self, name):
         "Whether the group of a parameter that came to the optimizer trains"
         opt,p = self.learn.opt,self.model.get_parameter(name)
-        if not opt: return True
+        if not opt: return self.away.get(name, True)
         i = next(i for i,g in enumerate(opt.param_lists) if any(q is p for q in g))
         return i >= opt.frozen_idx or i == len(opt.param_lists)-1 or bool(opt.state[p].get('force_train', False))
 
@@ -416,7 +417,9 @@ class Endurance(RuleBasedStateMachine):
         "Flags of the parameters that were not there before"
         now = flags(self.model)
         known = self.flags.keys() & now.keys()
+        left = {n:f for n,f in self.flags.items() if n not in known}
         self.flags = {n:self.flags[n] if n in known else self.trains(n) for n in now}
+        self.away = {n:f for n,f in (self.away|left).items() if n not in now}
 
     # places
 
@@ -474,8 +477,9 @@ class Endurance(RuleBasedStateMachine):
         self.before_training()
         self.trained()
         for p,m in inserted_layers(self.model).items():
-            if m.gamma.requires_grad: assert not torch.equal(m.gamma, own[p]['gamma']), f'{p} did not learn'
-            else: assert same(m.gamma, own[p]['gamma']), f'{p} is frozen, and moved'
+            moved = [n for n,t in m.named_parameters() if not same(t, own[p][n])]     # gamma alone may be too large for its step
+            if m.gamma.requires_grad: assert moved, f'{p} did not learn'
+            else: assert 'gamma' not in moved, f'{p} is frozen, and moved'
         self.did('train')
 
     @precondition(lambda self: self.is_float and self.trainable)
@@ -513,7 +517,9 @@ class Endurance(RuleBasedStateMachine):
     def train_all(self):
         done = self.tries('train_all', lambda: (self.learn.train_all(), 1))
         assert (done is not None) == bool(self.only)
-        if done: self.flags,self.only = {n:self.were.get(n, True) for n in self.flags},None
+        if not done: return
+        self.flags,self.away = {n:self.were.get(n, True) for n in self.flags},{n:self.were.get(n, f) for n,f in self.away.items()}
+        self.only = None
 
     # files and copies
 

@@ -17,6 +17,7 @@ from fastai.learner import Learner
 from fastai.optimizer import Lookahead
 
 from ..attention.kinds import attention_layers, choose_layers, layer_names
+from .optim import inserted_layers
 
 # %% ../../nbs/api/placement/only.ipynb #b8380957
 class OnlyAttention(Callback):
@@ -46,6 +47,9 @@ class OnlyAttention(Callback):
             if next(m.buffers(recurse=False), None) is not None: m.training = False
 
     def undo(self):
+        for place in (layer.attention_place for layer in inserted_layers(self.learn.model).values()):
+            for old in place.old:     # what was frozen and then replaced must not come back frozen
+                for name,p in old.named_parameters(): p.requires_grad_(self.flags_before.get(f'{place.site.path}.{name}', p.requires_grad))
         for name,p in self.learn.model.named_parameters(): p.requires_grad_(self.flags_before.get(name, True))
 
 # %% ../../nbs/api/placement/only.ipynb #c0ffa7e8

@@ -205,6 +205,18 @@ def test_only_attention_trains(tmp_path, capsys):
     assert not torch.equal(learn.model.stem[0].weight, before['stem.0.weight']) and not torch.equal(learn.model.stem[1].running_mean, before['stem.1.running_mean'])
     with pytest.raises(ValueError, match='nothing to undo'): learn.train_all()
 
+@pytest.mark.parametrize('is_replaced_first', [False, True])
+def test_what_was_replaced_meanwhile_does_not_come_back_frozen(is_replaced_first):
+    learn = learner()
+    learn.model.mid.bias.requires_grad_(False)
+    flags = {n: p.requires_grad for n, p in learn.model.named_parameters()}
+    learn.insert_attention('stem')
+    acts = [learn.train_attention_only, lambda: learn.insert_attention('mid', 'replace')]
+    for act in acts[::-1] if is_replaced_first else acts: act()
+    learn.train_all()
+    learn.remove_attention()
+    assert {n: p.requires_grad for n, p in learn.model.named_parameters()} == flags and not flags['mid.bias']
+
 def test_only_attention_trains_with_ranger():
     "Whose slow weights, which all weights are drawn to every sixth step, are those of before"
     learn = learner(opt_func=ranger)
