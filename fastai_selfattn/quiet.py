@@ -63,10 +63,11 @@ def eagerly()->Iterator[None]:
     else:
         with torch.compiler.set_stance('force_eager'): yield
 
+_compiling_is_exporting = tuple(map(int, torch.__version__.split('.')[:2])) < (2,14)     # `torch.compile` calls itself an export there
+
 def exporting()->bool: # whether `torch.export` or `torch.onnx.export` is tracing
     "What is computed now becomes a program that must run without this package"
-    old = tuple(map(int, torch.__version__.split('.')[:2])) < (2,14)
-    if old and torch.compiler.is_dynamo_compiling(): return False     # there `torch.compile` calls itself an export
+    if _compiling_is_exporting and torch.compiler.is_dynamo_compiling(): return False
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 # %% ../nbs/api/quiet.ipynb #5d492d0b

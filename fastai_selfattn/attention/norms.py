@@ -52,8 +52,10 @@ _fused_given = ("{} is fused in what is loaded and not here: call `fuse_attentio
 def mix(weight, x):
     "Channels of the pixels `x`, (bs, c, n), mixed by the matrix `weight`, (out, c), in the layout of `x`"
     if x.stride(1) == 1: return F.linear(x.transpose(1, 2), weight).transpose(1, 2)
-    is_slow_conv = x.device.type == 'cpu' and x.dtype != torch.float16     # in float16 it is the product that is slow
-    return torch.bmm(weight.expand(x.shape[0], -1, -1), x) if is_slow_conv else F.conv1d(x, weight[...,None])
+    is_open = exporting() or torch.jit.is_tracing()     # a graph must not depend on how many pixels there are
+    is_cheap = x.device.type == 'cpu' and x.dtype != torch.float16 and not is_open and x.shape[2] >= weight.shape[1]
+    if is_cheap: return torch.bmm(weight.expand(x.shape[0], -1, -1), x)     # its backward pass holds a weight for each image
+    return F.conv1d(x, weight[...,None])
 
 class _Conv:
     "What convs of attention layers have in common: they make their own weight, and multiply pixels by it without a copy"

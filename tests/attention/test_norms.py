@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from fastai.layers import ConvLayer, NormType
 from torch import nn
 from torch.nn.utils import spectral_norm, weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import named
 from fastai_selfattn.attention import norms
@@ -211,11 +212,26 @@ def test_an_error_while_settling_under_a_trace_is_raised(monkeypatch):
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('layout', ['rows', 'columns', 'every other column'])
-@pytest.mark.parametrize('bs', [0, 1, 3])
-def test_pixels_are_mixed_alike_in_every_layout_and_dtype(bs, layout, dtype):
+@pytest.mark.parametrize('bs,n', [(0, 20), (1, 20), (3, 20), (3, 5)])
+def test_pixels_are_mixed_alike_in_every_layout_and_dtype(bs, n, layout, dtype):
     torch.manual_seed(3)
-    x, w = torch.randn(bs, 6, 20).to(dtype), torch.randn(4, 6).to(dtype)
+    x, w = torch.randn(bs, 6, n).to(dtype), torch.randn(4, 6).to(dtype)
     given = dict(rows=lambda: x.mT.contiguous().mT, columns=lambda: x, **{'every other column': lambda: x.repeat_interleave(2, 2)[..., ::2]})[layout]()
     got, want = norms.mix(w, given), torch.einsum('oc,bcn->bon', w.double(), x.double())
     assert got.dtype == dtype and (bs == 0 or (got.stride(1) == 1) == (layout == 'rows'))
     torch.testing.assert_close(got.double(), want, rtol=0, atol=8*torch.finfo(dtype).eps)
+
+class Largest(TorchDispatchMode):
+    "Numbers in the largest result"
+    def __init__(self): super().__init__(); self.n = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        res = func(*args, **(kwargs or {}))
+        for t in res if isinstance(res, (tuple, list)) else [res]:
+            if isinstance(t, torch.Tensor): self.n = max(self.n, t.numel())
+        return res
+
+@pytest.mark.parametrize('c,n', [(64, 9), (64, 64), (16, 100)])
+def test_the_backward_pass_holds_nothing_larger_than_maps(c, n):
+    x, w = torch.randn(32, c, n, requires_grad=True), torch.randn(c+c//4, c, requires_grad=True)
+    with Largest() as largest: norms.mix(w, x).square().sum().backward()
+    assert largest.n <= 1.25*x.numel()
