@@ -25,6 +25,7 @@ from torch.nn.utils import spectral_norm, weight_norm
 from . import norms, ops
 from .norms import bake, normed_conv, settle, undo_of, without_hook
 from .ops import attend, dot_attend
+from .tiles import precise
 from ..quiet import check_type, check_whole, eval_mode
 
 # %% ../../nbs/api/attention/layers.ipynb #79a30356
@@ -69,7 +70,15 @@ def _check_scale(scale):
 
 def _unit(t):
     "Rows of length 1, in float32 at least, where the length of a short vector does not round to 0"
-    return F.normalize(t.to(torch.promote_types(t.dtype, torch.float32)), dim=-1).to(t.dtype)
+    return F.normalize(t.to(precise(t)), dim=-1).to(t.dtype)
+
+def _dotted(q, k, v, scale=1.):
+    "`dot_attend`, its sums as they are, in float32 at least: without a softmax they may be too large for half precision"
+    return dot_attend(*(t.to(precise(t)) for t in (q,k,v)), scale)
+
+def _added(x, gamma, o):
+    "`gamma*o + x`, of which `o` need not fit into the precision of `x`, if gamma makes it small"
+    return x + (gamma*o.reshape(x.shape)).to(torch.promote_types(x.dtype, gamma.dtype))
 
 def _rows(t, heads):
     "(bs, channels, n) -> (bs*heads, n, channels/heads)"
@@ -145,11 +154,11 @@ def forward(self:SelfAttention,
     q,k,v = self._projected(x, self._asks, self._answers, 'value')
     q,k = self._compared(q, k, x.shape[2:])
     v = _rows(_pooled(v, self.pool, x.shape[2:]), self.heads)
-    o = attend(q, k, v) if self.softmax else dot_attend(q, k, v, 1/k.shape[1])
+    o = attend(q, k, v) if self.softmax else _dotted(q, k, v, 1/k.shape[1])
     o = o.transpose(1, 2)
     if self.heads > 1: o = o.unflatten(0, (x.shape[0],self.heads)).flatten(1, 2)
-    if hasattr(self, 'out'): o = self.out(o.unflatten(2, x.shape[2:]) if self._ndim == 2 else o)
-    return x + self.gamma*o.reshape(x.shape)
+    if hasattr(self, 'out'): o = self.out(o.to(v.dtype).unflatten(2, x.shape[2:]) if self._ndim == 2 else o.to(v.dtype))
+    return _added(x, self.gamma, o)
 
 # %% ../../nbs/api/attention/layers.ipynb #11acb445
 class PooledSelfAttention2d(SelfAttention):
@@ -246,7 +255,7 @@ class SimpleSelfAttention(_Attention):
         q = self._sym_conv(pixels) if self.sym else self.conv(pixels)
         q = q.to(pixels.dtype)     # under autocast the conv rounds, the map does not
         q,rows = q.transpose(1, 2),pixels.transpose(1, 2)
-        return x + self.gamma*dot_attend(q, rows, rows).transpose(1, 2).reshape(x.shape)
+        return _added(x, self.gamma, _dotted(q, rows, rows).transpose(1, 2))
 
     def _sym_conv(self, pixels):
         if not isinstance(self.conv, nn.Conv1d):

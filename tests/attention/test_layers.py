@@ -1242,3 +1242,18 @@ def test_fusing_leaves_nothing_unfused():
     fused = fuse_attention(nn.Sequential(layer))
     close(fused(x), want, rtol=1e-5, atol=1e-6)
     assert sorted(k for k in fused.state_dict() if 'weight' in k or 'bias' in k) == ['0.key.0.bias', '0.key.0.weight', '0.query.0.weight', '0.value.0.weight']
+
+
+WITHOUT_SOFTMAX = {'simple': (30, lambda: SimpleSelfAttention(24)), 'sym': (30, lambda: SimpleSelfAttention(24, sym=True)), 'dot': (400, lambda: SelfAttention(24, softmax=False))}
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('size,make', WITHOUT_SOFTMAX.values(), ids=WITHOUT_SOFTMAX)
+def test_sums_without_a_softmax_may_exceed_half_precision_until_gamma_makes_them_small(size, make, dtype):
+    torch.manual_seed(3)
+    layer, x = make().to(dtype).eval(), (size*torch.randn(1, 24, 5, 7)).to(dtype)
+    assert torch.equal(layer(x), x)                                   # gamma is 0, and 0 times inf were NaN
+    nn.init.constant_(layer.gamma, 1e-3)
+    want = written_out(copy.deepcopy(layer).double(), x.double())
+    assert ((want-x.double())/layer.gamma.double()).abs().max() > 7e4
+    got = layer(x)
+    assert got.dtype == dtype and rel(got.double(), want) < (.01 if dtype == torch.float16 else .05)
