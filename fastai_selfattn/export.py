@@ -27,7 +27,7 @@ from torch.export import Dim, ExportedProgram
 from . import __version__
 from .attention.norms import bake, normed
 from .files import whole_file
-from .quiet import bare_model, check_whole, one_batch
+from .quiet import bare_model, check_type, check_whole, one_batch
 
 # %% ../nbs/api/export.ipynb #764cd3dd
 def _without_tensor_base(model):
@@ -54,7 +54,7 @@ class Deployed(nn.Module):
         self.finish = getattr(learn.loss_func, finish, None) if finish else None
         if output == 'classes' and not self.finish:
             raise ValueError(f"{type(learn.loss_func).__name__} has no `decodes`, so there are no classes: use `output='probs'` or 'raw'")
-        self.model = _without_tensor_base(deepcopy(bare_model(learn.model))).cpu().eval().requires_grad_(False)
+        self.model = _without_tensor_base(deepcopy(bare_model(learn.model))).cpu().float().eval().requires_grad_(False)
         for conv in normed(self.model): bake(conv)
         tfms = getattr(getattr(learn.dls, 'after_batch', None), 'fs', ())     # a `Pipeline` in the loaders that fastai makes
         norm = next((t for t in tfms if isinstance(t, Normalize)), None)
@@ -99,6 +99,7 @@ def to_program(
     dynamic:bool=True, # leave height and width open where the model allows it
 )->ExportedProgram: # RGB pictures (bs, c, h, w), values 0 to 1, to predictions
     "Record a trained model as a program of PyTorch's operators; `ValueError`/`TypeError` for a Learner that cannot be"
+    check_type(bool, 'True or False', dynamic=dynamic)
     model,x = Deployed(learn, output),_example(learn, size)
     sides = {2:Dim.AUTO, 3:Dim.AUTO} if dynamic else {}
     with nullcontext() if fname is None else whole_file(fname) as new:

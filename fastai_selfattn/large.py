@@ -31,7 +31,7 @@ from .attention import tiles
 from .attention.kinds import attention_layers
 from .attention.ops import attention_backend
 from .export import Deployed
-from .quiet import check_whole, tensors
+from .quiet import check_type, check_whole, tensors
 
 # %% ../nbs/api/large.ipynb #26a1378f
 class _Look(NamedTuple):
@@ -98,6 +98,10 @@ def _look(model, channels):
         try: least,shapes = _sides(model, layers, torch.zeros(1, channels, SIDE, SIDE))
         except RuntimeError as e: raise ValueError(f"the model does not take a picture (c, h, w) of {channels} channels: {e}") from e
         if least < 4: raise ValueError(_FAR.format(SIDE//2))
+        uneven = sorted({f'{h}x{w}' for _,_,h,w in shapes.values() if h != w or SIDE % h})
+        if uneven or SIDE % least:
+            raise ValueError(f"of a picture of {SIDE}x{SIDE} this model makes maps of {', '.join(uneven) or least}: "
+                             "windows need maps whose sides divide those of the picture, height and width alike")
         unit = SIDE//least
         reach = max(_reach(model, unit, channels, dim) for dim in (2,3))
     strides = {name: SIDE//s[2] for name,s in shapes.items()}
@@ -163,7 +167,7 @@ def _fit(look, model, size, channels, held, max_bytes):
     def attending(name): return _bytes_a_cell(look.layers[name], c := look.channels[name], 32) + 8*c     # with copies in the operator
     attention = maps + max(attending(name)*cells[name] for name in cells)
     with _stand_ins({m: lambda x: x for m in look.layers.values()}): a_pixel = _bytes_a_cell(model, channels, 8*look.unit)
-    looking = a_pixel*max(SIDE**2, 2*MOST*look.unit**2)     # what has been done already
+    looking = a_pixel*max(SIDE**2, 2*MOST*look.unit**2, 2*look.unit*_strip(look)[1])     # what has been done already
     def passing(width): return maps + a_pixel*math.prod(min(width+2*look.margin, side) for side in size)
     widths = range(-(-max(size)//look.unit)*look.unit, 0, -look.unit)
     width = next((width for width in widths if passing(width) <= max_bytes), None)
@@ -202,6 +206,23 @@ def _pass(model, look, picture, width, done, stop, tick):
     return whole
 
 def _values(picture): return picture/255 if picture.dtype == torch.uint8 else picture
+
+# %% ../nbs/api/large.ipynb #ada8d308
+def _strip(look):
+    "Width of the windows in which a model is tried, and length of the strip that they cover, in pixels"
+    width = max(1, look.margin//look.unit//2)*look.unit
+    return width,2*look.margin+3*width
+
+def _check_windows(model, look, channels):
+    "`ValueError` if the model, attention left out, computes something else for windows than for the whole picture"
+    width,length = _strip(look)
+    for size in ((2*look.unit,length), (length,2*look.unit)):
+        strip = torch.rand(channels, *size, generator=torch.Generator().manual_seed(0))
+        with _stand_ins({m: lambda x: x for m in look.layers.values()}), torch.no_grad():
+            whole,pieces = model(strip[None])[0],_pass(model, look, strip, width, {}, None, lambda share: None)[0]
+        if (whole-pieces).abs().max() > 1e-3*whole.abs().max():
+            raise ValueError("besides attention, what this model computes depends on where in the picture a window lies "
+                             "(coordinates, a flip, borders that wrap around): windows cannot be exact")
 
 # %% ../nbs/api/large.ipynb #0be88d62
 _GO_TO,_ATTENDS,_LAST = 'windows up to','attention of','windows to the prediction'
@@ -270,8 +291,10 @@ def predict_large(
 )->Tensor: # (classes, h, w), or (h, w) for 'classes', on the CPU
     "What the model predicts for the whole picture at once, in bounded memory; `ValueError` if that cannot be, with what it takes"
     max_bytes, = check_whole(tiles.LEAST, 'bytes', max_bytes=max_bytes)
+    check_type(bool, 'True or False', progress=progress)
     model,given = Deployed(learn, output),_as_tensor(picture)
     look = _look(model.model, len(given))
+    _check_windows(model.model, look, len(given))
     picture = _extended(given, look.unit)
     size = tuple(picture.shape[1:])
     with torch.no_grad(), _stand_ins({m: lambda x: x for m in look.layers.values()}):

@@ -76,7 +76,7 @@ def test_the_others_train_on_when_one_of_the_layers_that_are_trained_alone_is_re
     quietly(fit, learn)
     assert {n.split('.')[0] for n,p in learn.model.named_parameters() if p.requires_grad} == {'same'}
     quietly(learn.remove_attention, 'same')
-    with pytest.raises(ValueError, match='no attention layer'): quietly(fit, learn)
+    with pytest.raises(ValueError, match='learn.train_all'): quietly(fit, learn)
 
 def test_a_load_that_fails_leaves_the_learner_without_an_optimizer(learners):
     learn = copy.deepcopy(learners['append'])

@@ -231,3 +231,15 @@ def test_blocks_of_rows_in_a_program_and_in_torchscript(tmp_path):
         scripted = torch.jit.load(tmp_path/'model.pt')
         with torch.no_grad(): torch.testing.assert_close(scripted(x), want, atol=1e-5, rtol=1e-4)
         assert ('prim::Loop' in str(scripted.inlined_graph)) == (n > 1024), size
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64], ids=str)
+def test_models_of_other_precisions_become_programs_of_float32(dtype):
+    learn, x = attentive((16, 16))
+    learn.model.eval()(x)
+    learn.model.to(dtype)
+    got = to_program(learn, size=16, output='raw').module()(x)
+    assert got.dtype == torch.float32 and next(learn.model.parameters()).dtype == dtype
+    torch.testing.assert_close(got, Deployed(learn, 'raw')(x), rtol=1e-4, atol=1e-4)
+
+def test_dynamic_is_true_or_false():
+    with pytest.raises(TypeError, match='`dynamic` must be True or False, got str'): to_program(None, dynamic='no')

@@ -1,9 +1,10 @@
 "A picture predicted by windows is predicted as a whole is, in the memory that was stated."
-import math
+import copy, math
 import numpy as np
 import fastai.callback.all  # noqa: F401
 import fastai.layers
 import pytest, torch
+import torch.nn.functional as F
 from conftest import named
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
@@ -66,7 +67,10 @@ def test_a_smaller_margin_is_not_exact(monkeypatch):
         monkeypatch.setattr(large, '_look', lambda model, c, f=large._look: f(model, c)._replace(margin=margin))
         try: return (predict_large(learn, x, progress=False)-whole(learn, x)).abs().max()
         finally: monkeypatch.undo(), monkeypatch.setattr(large, '_fit', lambda *args: (12, 2**20))
-    assert look.unit == 4 and off(look.margin) < 2e-6 < 1e-4 < off(look.margin//4)
+    assert look.unit == 4 and off(look.margin) < 2e-6
+    with pytest.raises(ValueError, match='windows cannot be exact'): off(look.margin//4)     # which is tried before
+    monkeypatch.setattr(large, '_check_windows', lambda *args: None)
+    assert off(look.margin//4) > 1e-4
 
 @pytest.mark.parametrize('where', ['decoder.0', ['encoder.2', 'decoder.1']], ids=named)
 def test_a_unet_is_exact_and_stays_within_memory(where):
@@ -177,3 +181,45 @@ def test_ctrl_c_leaves_nothing(monkeypatch):
     with pytest.raises(KeyboardInterrupt): predict_large(learner(), picture(24, 36))
     from fastai_selfattn.attention import ops
     assert bars[0].stopped and not large.tiles.watchers and ops._max_bytes is None
+
+
+# models of which windows cannot know where they are
+
+class Coordinates(nn.Module):
+    def forward(self, x):
+        rows, cols = (torch.linspace(0, 1, n) for n in x.shape[2:])
+        return torch.cat([x, (rows[:, None]+cols).expand(len(x), 1, -1, -1)], 1)
+
+class Flip(nn.Module):
+    def forward(self, x): return x + .5*x.flip(3)
+
+class Corners(nn.Module):
+    def forward(self, x): return F.interpolate(F.avg_pool2d(x, 4), scale_factor=4, mode='bilinear', align_corners=True)
+
+@pytest.mark.parametrize('first', [nn.Sequential(Coordinates(), nn.Conv2d(4, 3, 1)), nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode='circular')), Flip(), Corners(),
+                                   nn.Sequential(Coordinates(), nn.Conv2d(4, 3, 5, padding=2), Corners())], ids=['coordinates', 'circular', 'flip', 'corners', 'several'])
+def test_what_depends_on_where_a_window_lies_is_refused(first):
+    torch.manual_seed(1)
+    learn = learner(nn.Sequential(first, Net()))
+    with pytest.raises(ValueError, match='windows cannot be exact'): predict_large(learn, torch.rand(3, 96, 96), progress=False)
+
+class Strided(nn.Module):
+    def __init__(self, down, up):
+        super().__init__()
+        self.down, self.attention, self.up, self.out = down, SelfAttention(8, gamma=1.), up, nn.Conv2d(8, 2, 1)
+    def forward(self, x): return self.out(self.up(self.attention(self.down(x)))[..., :x.shape[2], :x.shape[3]])
+
+@pytest.mark.parametrize('down,up', [(nn.Conv2d(3, 8, 3, stride=3, padding=1), nn.Upsample(scale_factor=3)), (nn.Conv2d(3, 8, 3, stride=(2, 1), padding=1), nn.Upsample(scale_factor=(2, 1))),
+                                     (nn.Sequential(nn.Conv2d(3, 8, 1), nn.Upsample(scale_factor=2)), nn.AvgPool2d(2))], ids=['a third', 'one side', 'larger'])
+def test_maps_that_do_not_divide_the_picture_are_refused(down, up):
+    with pytest.raises(ValueError, match='whose sides divide'): predict_large(learner(Strided(down, up)), torch.rand(3, 96, 96), progress=False)
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64], ids=str)
+def test_models_of_other_precisions_are_computed_in_float32(dtype):
+    torch.manual_seed(1)
+    learn, x = learner(Net()), picture(32, 48)
+    learn.model.to(dtype)
+    got = predict_large(learn, x, output='raw', progress=False)
+    want = copy.deepcopy(learn.model).float().eval()(x[None]).detach()[0]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert next(learn.model.parameters()).dtype == dtype

@@ -273,8 +273,9 @@ def bake(
 )->None:
     "Make the normalised weight a plain parameter, trainable if what it was made from was"
     trains = (conv.weight_orig if hasattr(conv, 'weight_orig') else conv.weight_v).requires_grad
-    if not isinstance(conv, _Conv):
-        for hook in _norm_hooks(conv): _remove(conv, hook)
+    hooks = _norm_hooks(conv)
+    if hooks:     # also on a conv of ours without a norm, where somebody put PyTorch's
+        for hook in hooks: _remove(conv, hook)
         conv.weight.requires_grad_(trains)
         without_hook(conv)
         return

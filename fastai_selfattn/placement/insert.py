@@ -94,6 +94,7 @@ class Place(NamedTuple):
         "Send the output of the module through `layer`, at `path`, again, if its hook is gone"
         if not self.hooked or _host(model, layer): return
         _hook(model.get_submodule(path.removesuffix(f'.{self.hooked}')), self.hooked, self.site.axis)
+        _compile_anew()
 
 class Turned(nn.Module):
     "A layer that wants channels on side 1, where they are on `axis`"

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..attention import kinds
 from ..files import file_path, whole_file
-from .insert import _put, _remember, _report
+from .insert import _compile_anew, _put, _remember, _report
 from .optim import inserted_layers, watch
 from .sites import Site
 from .skips import let_go, unets
@@ -189,6 +189,7 @@ def load_attention(
         for unet in unets(model): _remember(undo, unet._forward_hooks, unet._forward_hooks_always_called)
         let_go(model)
         if learn: watch(learn, undo)
+        _compile_anew()
         _report(f'Loaded {type(made[0]).__name__} to', done)
         undo.pop_all()
     return list(done)

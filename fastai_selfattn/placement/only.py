@@ -17,7 +17,7 @@ from fastai.learner import Learner
 from fastai.optimizer import Lookahead
 
 from ..attention.kinds import attention_layers, choose_layers, layer_names
-from .optim import inserted_layers
+from .optim import inserted_layers, regroup
 
 # %% ../../nbs/api/placement/only.ipynb #b8380957
 class OnlyAttention(Callback):
@@ -28,8 +28,8 @@ class OnlyAttention(Callback):
     def _in_and_out(self):
         "Modules of attention, and all others"
         layers = attention_layers(self.learn)
-        there = [p for p in self.attention_paths if p in layers]     # some may have been removed
-        chosen = {m for l in choose_layers(self.learn, there or self.attention_paths).values() for m in l.modules()}
+        there = [layers[p] for p in self.attention_paths if p in layers]     # some may have been removed
+        chosen = {m for l in there for m in l.modules()}
         return chosen,[m for m in self.learn.model.modules() if m not in chosen]
 
     def before_fit(self):
@@ -42,14 +42,19 @@ class OnlyAttention(Callback):
         for slow,p in zip(chain(*opt.slow_weights), chain(*opt.param_lists)):     # towards which `ranger` would draw all weights
             if p not in trained: slow.data.copy_(p.data)
 
-    def before_train(self):
-        for m in self._in_and_out()[1]:
+    def before_train(self):     # not `before_fit`: predictions need no attention
+        chosen,others = self._in_and_out()
+        if not chosen:
+            raise ValueError(f"only the attention at {', '.join(self.attention_paths)} was to be trained, and it is gone: let all else train "
+                             "again, with `learn.train_all()`")
+        for m in others:
             if next(m.buffers(recurse=False), None) is not None: m.training = False
 
     def undo(self):
         for place in (layer.attention_place for layer in inserted_layers(self.learn.model).values()):
             for old in place.old:     # what was frozen and then replaced must not come back frozen
-                for name,p in old.named_parameters(): p.requires_grad_(self.flags_before.get(f'{place.site.path}.{name}', p.requires_grad))
+                for name,p in old.named_parameters():
+                    p.requires_grad_(self.flags_before.get(f'{place.site.path}.{name}', p.requires_grad))
         for name,p in self.learn.model.named_parameters(): p.requires_grad_(self.flags_before.get(name, True))
 
 # %% ../../nbs/api/placement/only.ipynb #c0ffa7e8
@@ -60,15 +65,14 @@ def train_attention_only(
     "Freeze all but attention, until `train_all`, and report the trained share; `ValueError` as `choose_layers`"
     chosen = choose_layers(learn, layers)
     trained = {p for l in chosen.values() for p in l.parameters()}
-    if getattr(learn, 'opt', None) and not trained <= {p for g in learn.opt.param_lists for p in g}:
-        raise ValueError("the optimizer does not know all of the attention: put it in with `learn.insert_attention`, "
-                         "or make a new optimizer with `learn.create_opt()`")
     with ExitStack() as undo:
         for p in learn.model.parameters(): undo.callback(p.requires_grad_, p.requires_grad)
         undo.callback(setattr, learn, 'cbs', learn.cbs.copy())     # in their order
         for old in [cb for cb in learn.cbs if isinstance(cb, OnlyAttention)]:
-            undo.callback(learn.add_cb, old)
-            train_all(learn)
+            _end(learn, old, undo)
+        if getattr(learn, 'opt', None) and not trained <= {p for g in learn.opt.param_lists for p in g}:
+            raise ValueError("the optimizer does not know all of the attention: put it in with `learn.insert_attention`, "
+                             "or make a new optimizer with `learn.create_opt()`")
         flags = {name:p.requires_grad for name,p in learn.model.named_parameters()}
         cb = OnlyAttention(list(chosen), flags)
         undo.callback(learn.remove_cb, cb)
@@ -78,11 +82,18 @@ def train_attention_only(
         print(f"Training {n:,} of {total:,} parameters ({n/total:.2%}): attention at {', '.join(layer_names(chosen).values())}")
         undo.pop_all()
 
+def _end(learn, cb, undo):
+    cb.undo()
+    learn.remove_cb(cb)
+    undo.callback(learn.add_cb, cb)
+    regroup(learn, undo)     # fastai's default splitter skips what is frozen: an optimizer that was made meanwhile knows attention alone
+
 def train_all(
     learn:Learner, # after `train_attention_only`
 ):
     "Undo `train_attention_only`: what was frozen before stays so, all else trains again; `ValueError` if there is nothing to undo"
     cb = next((cb for cb in learn.cbs if isinstance(cb, OnlyAttention)), None)
     if cb is None: raise ValueError("there is nothing to undo: `train_attention_only` was not called")
-    cb.undo()
-    learn.remove_cb(cb)
+    with ExitStack() as undo:
+        _end(learn, cb, undo)
+        undo.pop_all()

@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from fastai.layers import ConvLayer, NormType
 from torch import nn
 from torch.nn.utils import spectral_norm, weight_norm
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import named
+from conftest import Largest, named
 from fastai_selfattn.attention import norms
+from fastai_selfattn.attention.layers import SelfAttention, fuse_attention
 from fastai_selfattn.attention.norms import bake, normed_conv, settle, without_hook
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*weight_norm.*deprecated')
@@ -221,17 +221,19 @@ def test_pixels_are_mixed_alike_in_every_layout_and_dtype(bs, n, layout, dtype):
     assert got.dtype == dtype and (bs == 0 or (got.stride(1) == 1) == (layout == 'rows'))
     torch.testing.assert_close(got.double(), want, rtol=0, atol=8*torch.finfo(dtype).eps)
 
-class Largest(TorchDispatchMode):
-    "Numbers in the largest result"
-    def __init__(self): super().__init__(); self.n = 0
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        res = func(*args, **(kwargs or {}))
-        for t in res if isinstance(res, (tuple, list)) else [res]:
-            if isinstance(t, torch.Tensor): self.n = max(self.n, t.numel())
-        return res
-
 @pytest.mark.parametrize('c,n', [(64, 9), (64, 64), (16, 100)])
 def test_the_backward_pass_holds_nothing_larger_than_maps(c, n):
     x, w = torch.randn(32, c, n, requires_grad=True), torch.randn(c+c//4, c, requires_grad=True)
     with Largest() as largest: norms.mix(w, x).square().sum().backward()
-    assert largest.n <= 1.25*x.numel()
+    assert largest.numel <= 1.25*x.numel()
+
+@each_norm
+def test_a_norm_of_pytorch_on_a_conv_of_ours_without_one_is_baked(norm_type):
+    torch.manual_seed(3)
+    layer, x = SelfAttention(16, norm_type=None, gamma=1.), torch.randn(2, 16, 6, 6)
+    hooks[norm_type](layer.value[0])
+    layer(x)
+    want = layer.eval()(x)
+    fuse_attention(layer)
+    torch.testing.assert_close(layer(x), want)
+    assert not layer.value[0]._forward_pre_hooks and sorted(n for n, _ in layer.named_parameters()) == ['gamma', 'key.0.weight', 'query.0.weight', 'value.0.weight']

@@ -217,6 +217,47 @@ def test_what_was_replaced_meanwhile_does_not_come_back_frozen(is_replaced_first
     learn.remove_attention()
     assert {n: p.requires_grad for n, p in learn.model.named_parameters()} == flags and not flags['mid.bias']
 
+def test_when_the_attention_that_trained_alone_is_gone_predictions_go_on_and_training_says_what_to_do():
+    learn = learner()
+    learn.insert_attention(['stem', 'out'])
+    learn.train_attention_only('stem')
+    fit(learn)
+    learn.remove_attention('stem')
+    with learn.no_bar():
+        learn.get_preds(), learn.validate()
+        with pytest.raises(ValueError, match=r'stem.3 was to be trained.*`learn.train_all\(\)`'): fit(learn)
+        learn.get_preds()
+    learn.train_all()
+    before = learn.model.head.weight.clone()
+    fit(learn)
+    assert not torch.equal(learn.model.head.weight, before)
+
+@pytest.mark.parametrize('again', [False, True])
+def test_all_trains_again_in_an_optimizer_that_was_made_while_only_attention_trained(again):
+    learn = learner()
+    learn.model.mid.bias.requires_grad_(False)
+    learn.insert_attention(['stem', 'out'])
+    learn.train_attention_only('stem' if again else None)
+    fit(learn)
+    if again: learn.train_attention_only('out'), fit(learn)
+    learn.train_all()
+    before = {n: p.clone() for n, p in learn.model.named_parameters()}
+    fit(learn)
+    assert [n for n, p in learn.model.named_parameters() if torch.equal(p, before[n])] == ['mid.bias']
+
+@pytest.mark.parametrize('compiled', ['in place', 'around'])
+def test_a_compiled_model_sees_what_was_loaded(tmp_path, compiled):
+    model = net().eval()
+    other = copy.deepcopy(model)
+    insert_attention(other, 'mid', gamma=1., size=(12, 20))
+    save_attention(other, tmp_path/'a')
+    if compiled == 'in place': model.compile(backend='eager')
+    runs = model if compiled == 'in place' else torch.compile(model, backend='eager')
+    with torch.no_grad():
+        before = runs(X)
+        load_attention(runs, tmp_path/'a')
+        assert not torch.allclose(runs(X), before) and torch.allclose(runs(X), other.eval()(X), atol=1e-5)
+
 def test_only_attention_trains_with_ranger():
     "Whose slow weights, which all weights are drawn to every sixth step, are those of before"
     learn = learner(opt_func=ranger)
