@@ -45,8 +45,8 @@ class OnlyAttention(Callback):
     def before_train(self):     # not `before_fit`: predictions need no attention
         chosen,others = self._in_and_out()
         if not chosen:
-            raise ValueError(f"only the attention at {', '.join(self.attention_paths)} was to be trained, and it is gone: let all else train "
-                             "again, with `learn.train_all()`")
+            raise ValueError(f"only the attention at {', '.join(self.attention_paths)} was to be trained, and it is gone: "
+                             "let all else train again, with `learn.train_all()`")
         for m in others:
             if next(m.buffers(recurse=False), None) is not None: m.training = False
 
