@@ -42,7 +42,7 @@ _outputs = 'probs','classes','raw'
 class Deployed(nn.Module):
     "Pictures, values 0 to 1, to what a Learner predicts for them; nothing of training is left inside"
     def __init__(self,
-        learn:Learner, # its model is copied
+        learn:Learner, # its model is copied, and computes in float32
         output:str='probs', # 'probs' as the loss's `activation` makes them, 'classes' as its `decodes` does, or 'raw'
     ):
         super().__init__()

@@ -50,12 +50,12 @@ class OnlyAttention(Callback):
         for m in others:
             if next(m.buffers(recurse=False), None) is not None: m.training = False
 
-    def undo(self):
+    def flags(self):
+        "Each parameter, and whether it was to be trained before"
         for place in (layer.attention_place for layer in inserted_layers(self.learn.model).values()):
             for old in place.old:     # what was frozen and then replaced must not come back frozen
-                for name,p in old.named_parameters():
-                    p.requires_grad_(self.flags_before.get(f'{place.site.path}.{name}', p.requires_grad))
-        for name,p in self.learn.model.named_parameters(): p.requires_grad_(self.flags_before.get(name, True))
+                for name,p in old.named_parameters(): yield p,self.flags_before.get(f'{place.site.path}.{name}', p.requires_grad)
+        for name,p in self.learn.model.named_parameters(): yield p,self.flags_before.get(name, True)
 
 # %% ../../nbs/api/placement/only.ipynb #c0ffa7e8
 def train_attention_only(
@@ -83,9 +83,13 @@ def train_attention_only(
         undo.pop_all()
 
 def _end(learn, cb, undo):
-    cb.undo()
-    learn.remove_cb(cb)
+    "Let what `cb` froze train again; `undo` gets what takes each step back"
+    for p,flag in list(cb.flags()):
+        undo.callback(p.requires_grad_, p.requires_grad)
+        p.requires_grad_(flag)
+    undo.callback(setattr, learn, 'cbs', learn.cbs.copy())     # in their order
     undo.callback(learn.add_cb, cb)
+    learn.remove_cb(cb)
     regroup(learn, undo)     # fastai's default splitter skips what is frozen: an optimizer that was made meanwhile knows attention alone
 
 def train_all(
