@@ -9,7 +9,7 @@ notebooks = sorted((p.relative_to(root).as_posix() for p in (root/'nbs').rglob('
                     if not any(part.startswith(('_', '.')) for part in p.relative_to(root).parts)), reverse=True)
 
 # Pages that train for minutes to have something to show train here for less; before a release they run as they are (release.yml).
-SHORTER = {'nbs/tutorials/find_the_walls.ipynb': {'n=400':'n=120', 'fit_one_cycle(12,':'fit_one_cycle(6,'},
+SHORTER = {'nbs/tutorials/find_the_walls.ipynb': {'n=400':'n=120'},
            'nbs/tutorials/see_attention.ipynb': {'fit_one_cycle(8,':'fit_one_cycle(4,'},
            'nbs/howto/open_the_explorer.ipynb': {'n=1000':'n=100', 'fit_one_cycle(3,':'fit_one_cycle(1,'}}
 
