@@ -11,7 +11,7 @@ __all__ = ['Deployed', 'to_program', 'to_onnx', 'to_torchscript']
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -77,7 +77,7 @@ def _example(
     if size is None and batch is None: raise ValueError("this Learner has no data to tell the size of pictures: give `size`")
     given = batch[0][0].shape[1:] if batch else (3,)
     if size is None: size = given[1:]
-    sides = tuple(size) if isinstance(size, Sequence) else (size,size)
+    sides = tuple(size) if isinstance(size, Iterable) else (size,size)
     if len(sides) != 2: raise ValueError(f"`size` must be one side or (h, w), got {size!r}")
     h,w = (check_whole(1, 'pixels', size=side)[0] for side in sides)
     return torch.rand(2, given[0], h, w, generator=torch.Generator().manual_seed(0))

@@ -8,12 +8,13 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/quiet.html.md"""
 __all__ = []
 
 # %% ../nbs/api/quiet.ipynb #77ddd709
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -256,6 +257,14 @@ def first_tensor(
     "The first tensor among `args`; None if there is none"
     return next((a for a in args if isinstance(a, Tensor)), None)
 
+def as_float(
+    x, # a number, or anything
+)->float: # NaN if it is none
+    "`x` as a number"
+    try: return float(x)
+    except (TypeError,ValueError,RuntimeError): return math.nan     # the last for a tensor of several numbers
+
+# %% ../nbs/api/quiet.ipynb #6ca006b3
 def check_whole(
     least:int=1, # the smallest number that may be
     unit:str='', # what is counted
@@ -267,6 +276,16 @@ def check_whole(
         if isinstance(i, bool) or not isinstance(i, Integral): raise TypeError(f"`{name}` must be a whole number, {want}")
         if i < least: raise ValueError(f"`{name}` must be {want}")
     return [int(i) for i in args.values()]
+
+def check_positive(
+    unit:str='', # what is counted
+    **args # name = value
+):
+    "`TypeError` unless each of `args` is a number, `ValueError` unless it is more than 0 and finite"
+    for name,x in args.items():
+        want = f"{unit and f' of {unit}'}, more than 0 and finite, got {x!r}"
+        if isinstance(x, bool) or not isinstance(x, Real): raise TypeError(f"`{name}` must be a number{want}")
+        if not 0 < x < math.inf: raise ValueError(f"`{name}` must be a number{want}")
 
 def check_type(
     kind:type|tuple[type,...], # one class, or several

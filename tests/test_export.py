@@ -74,6 +74,10 @@ def write_traced_once(learn, folder, monkeypatch):
         m.setattr(export_module, 'to_program', traced)
         to_onnx(learn, folder/'model.onnx')
 
+@pytest.mark.parametrize('size', [(8, 12), [8, 12], np.array([8, 12])], ids=str)
+def test_sizes_are_two_numbers_of_any_kind(size):
+    assert export_module._example(wall_finder(small_encoder, 16), size).shape[-2:] == (8, 12)
+
 @pytest.mark.slow
 @pytest.mark.parametrize('arch,larger', [(small_encoder, 256), (resnet18, None), (timm_resnet, None)], ids=named)
 def test_every_format_predicts_as_the_learner(arch, larger, one_registry, tmp_path, monkeypatch):

@@ -223,3 +223,7 @@ def test_models_of_other_precisions_are_computed_in_float32(dtype):
     want = copy.deepcopy(learn.model).float().eval()(x[None]).detach()[0]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert next(learn.model.parameters()).dtype == dtype
+
+@pytest.mark.parametrize('progress', ['x', None, 1], ids=str)
+def test_progress_is_shown_or_not(progress):
+    with pytest.raises(TypeError, match='`progress` must be True or False'): predict_large(learner(), picture(24, 36), progress=progress)

@@ -26,7 +26,7 @@ from . import norms, ops
 from .norms import bake, normed_conv, settle, undo_of, without_hook
 from .ops import attend, dot_attend
 from .tiles import precise
-from ..quiet import check_type, check_whole, eval_mode
+from ..quiet import check_positive, check_type, check_whole, eval_mode
 
 # %% ../../nbs/api/attention/layers.ipynb #79a30356
 class _Attention(nn.Module):
@@ -63,10 +63,6 @@ def _gamma(start):
     if isinstance(start, bool) or not isinstance(start, Real):
         raise TypeError(f"`gamma` must be a number, where the layer's gamma starts; got {start!r}")
     return nn.Parameter(torch.tensor([float(start)]))
-
-def _check_scale(scale):
-    if isinstance(scale, bool) or not isinstance(scale, Real): raise TypeError(f"`scale` must be a number, got {scale!r}")
-    if not 0 < scale < math.inf: raise ValueError(f"`scale` must be more than 0 and finite, got {scale!r}")
 
 def _unit(t):
     "Rows of length 1, in float32 at least, where the length of a short vector does not round to 0"
@@ -109,7 +105,7 @@ class SelfAttention(_Attention):
         learn_scale:bool=False, # train `scale`, as its logarithm, from where it is set
     ):
         n_channels,reduction,heads,pool = check_whole(n_channels=n_channels, reduction=reduction, heads=heads, pool=pool)
-        _check_norm(norm_type), _check_bool(softmax=softmax, unit=unit, learn_scale=learn_scale), _check_scale(scale)
+        _check_norm(norm_type), _check_bool(softmax=softmax, unit=unit, learn_scale=learn_scale), check_positive(scale=scale)
         gamma,d = _gamma(gamma),max(1, n_channels//reduction)
         inner = self._inner_channels(n_channels, d)
         dv = inner or n_channels

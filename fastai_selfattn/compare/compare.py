@@ -28,7 +28,7 @@ from .runs import Recipe, build, run, seed_all, undone
 from ..placement.price import check_layer
 from ..placement.sites import Site
 from ..placement.unet import unet_learner
-from ..quiet import check_whole, random_kept
+from ..quiet import check_positive, check_whole, random_kept
 
 # %% ../../nbs/api/compare/compare.ipynb #f6cbe396
 def _training(epochs, lr, fit):
@@ -41,6 +41,8 @@ def _training(epochs, lr, fit):
         raise TypeError("`fit` must be the name of a method of Learner that trains it, such as 'fine_tune', or a function of the Learner, "
                         f"got {fit!r}")
     if epochs is None: raise ValueError("give `epochs`, how long each net is trained")
+    for rate in [lr.start,lr.stop] if isinstance(lr, slice) else [lr]:
+        if rate is not None: check_positive(lr=rate)
     args = [*check_whole(epochs=epochs), *([] if lr is None else [lr])]
     return (lambda learn: getattr(learn, fit)(*args)),f"{fit}({', '.join(map(describe, args))})"
 
@@ -90,8 +92,17 @@ def _shown(todo):
     bar.update(len(todo))
 
 # %% ../../nbs/api/compare/compare.ipynb #2f985b65
+def _check_known(records, recipe, dls, placed):
+    "`ValueError` if a run in `records` started from something else than it would now"
+    known = next((r for r in records.runs if r['arm'] in placed), None)
+    if known is None: return
+    seed = known['seed']
+    data = _data(dls, seed)
+    with undone(data): build(recipe, data, seed, *placed[known['arm']], [known])
+
 def _finish(records, recipe, dls, seeds, placed, choose):
     "Train what is missing in `records`"
+    _check_known(records, recipe, dls, placed)
     todo = [(seed, name) for seed in seeds for name in placed if not records.find(seed, name)]
     data = {seed:_data(dls, seed) for seed,_ in todo[:1]}
     for seed in data: _try(recipe, data[seed], seed, placed, choose)
@@ -135,7 +146,7 @@ def compare_attention(
     arms:Sequence[str]|Mapping=('attention','uniform','context','conv3'), # what is compared with `none`; 'conv1' too, or {'name': layer}
     seeds:int|Sequence[int]=5, # how many, or which
     epochs:int=None, # how long each net is trained
-    lr:float=None, # learning rate; that of the method if None
+    lr:float|slice=None, # learning rate, or a slice of two as in fastai; that of the method if None
     fit:str|Callable[[Learner],None]='fit_one_cycle', # method of Learner that trains it, such as 'fine_tune', or a function of the Learner
     metric:str=None, # name of the metric to compare by, or 'loss'; the first of the Learner if None
     lower_is_better:bool=None, # whether small numbers are good; known for losses and the usual metrics

@@ -10,22 +10,26 @@ __all__ = []
 # %% ../../nbs/api/compare/records.ipynb #6a99c7bb
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
 import platform
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import CodeType, FunctionType
 
 import torch
 from fastcore.basics import patch
+from torch import Tensor
 
 from .. import __version__
 from ..files import file_path, whole_file
 
 # %% ../../nbs/api/compare/records.ipynb #a4d055d2
-_plain = bool,int,float,str,bytes,type(None)
+_plain = bool,int,float,str,bytes,slice,type(None)
+
+def _hash(x): return hashlib.sha256(repr(x).encode()).hexdigest()[:8]
 
 def _code(c):
     "What a code object does: its instructions, the names that it uses, and its constants"
@@ -42,9 +46,17 @@ def _function(f):
     "Name and hash of a function that was written in Python"
     around = dict(zip(f.__code__.co_freevars, map(_cell, f.__closure__ or ())))
     said = [_code(f.__code__), describe(f.__defaults__), describe(f.__kwdefaults__), around]
-    return f'{f.__qualname__.rpartition("<locals>.")[2]} #{hashlib.sha256(repr(said).encode()).hexdigest()[:8]}'
+    return f'{f.__qualname__.rpartition("<locals>.")[2]} #{_hash(said)}'
 
 # %% ../../nbs/api/compare/records.ipynb #1230ec3b
+def _object(x):
+    "Class of an object, and what it was made with as far as it holds that under the same names"
+    try: names = inspect.signature(type(x)).parameters
+    except (TypeError,ValueError): names = ()     # made by another language
+    held = getattr(x, '__dict__', {})
+    args = [f'{n}={describe(held[n])}' for n in names if n in held and isinstance(held[n], (*_plain,PurePath,Tensor))]
+    return type(x).__qualname__ + (f"({', '.join(args)})" if args else '')
+
 def describe(
     x, # a setting: a number, a text, a list, a function, a class, or anything
 )->str:
@@ -57,7 +69,9 @@ def describe(
         args = [*map(describe, x.args), *(f'{k}={describe(v)}' for k,v in x.keywords.items())]
         return f"{describe(x.func)}({', '.join(args)})"
     if isinstance(x, FunctionType): return _function(x)
-    return getattr(x, '__qualname__', None) or type(x).__qualname__
+    if isinstance(x, PurePath): return repr(str(x))     # as a text with the same name
+    if isinstance(x, Tensor): return f'tensor #{_hash(x.detach().cpu().tolist())}'
+    return getattr(x, '__qualname__', None) or _object(x)
 
 # %% ../../nbs/api/compare/records.ipynb #30c33ef8
 def versions()->dict[str,str]:
@@ -91,7 +105,7 @@ def read_records(
     "What is in a file of a comparison; `ValueError` if it is none"
     try: held = json.loads(Path(file).read_text(encoding='utf-8'))
     except (OSError,ValueError) as e: raise ValueError(f"cannot read {file} as results of a comparison: {e}") from e
-    if not isinstance(held, dict) or held.get('what') != _kind:
+    if not isinstance(held, dict) or held.get('what') != _kind or not {'settings','runs'} <= set(held):
         raise ValueError(f"{file} does not hold results of a comparison: give another `path`")
     return held['settings'],held['runs']
 

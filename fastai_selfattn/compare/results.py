@@ -23,6 +23,8 @@ from ..attention.kinds import did_you_mean
 from .arms import CONTROLS
 from .intervals import Differences, paired
 from .records import read_records
+from ..quiet import check_type
+from ..seeing.plot import check_ax
 
 # %% ../../nbs/api/compare/results.ipynb #181c3aa4
 _low = {'loss','error','mae','mse','rmse','rmspe','msle','nll','perplexity','lpips','fid'}
@@ -38,7 +40,8 @@ def find_metric(
     metric = names[0] if metric is None else metric
     if metric not in names: raise ValueError(f"no metric {metric!r}: there are {', '.join(names)}.{did_you_mean(str(metric), names)}")
     words = set(metric.lower().split('_'))
-    if lower_is_better is not None: return metric,bool(lower_is_better)
+    check_type((bool,type(None)), 'True, False or None', lower_is_better=lower_is_better)
+    if lower_is_better is not None: return metric,lower_is_better
     if not words & (_low | _high): raise ValueError(f"is a large {metric} good or bad? Give `lower_is_better=True` or `False`")
     return metric,bool(words & _low)
 
@@ -241,6 +244,7 @@ def plot(self:Comparison,
 )->Axes:
     "Draw the gain of each arm over the net without a layer: seeds, mean and 95 % interval"
     arms = self.arms[1:]
+    check_ax(ax)
     if ax is None: ax = plt.subplots(figsize=(6.4, .9+.42*len(arms)), layout='constrained')[1]
     ax.axvline(0, color='0.6', lw=1)
     for y,arm in enumerate(arms):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .arms import Arm
 from ..placement.insert import insert_attention
-from ..quiet import one_batch, random_kept, undisturbed
+from ..quiet import as_float, one_batch, random_kept, undisturbed
 from ..seeing.record import AttentionRecorder
 
 # %% ../../nbs/api/compare/runs.ipynb #ba398561
@@ -215,11 +215,6 @@ def build(
     return learn,paths,start
 
 # %% ../../nbs/api/compare/runs.ipynb #2211d0dc
-def _number(x):
-    "`x` as a float, NaN if it is none"
-    try: return float(x)
-    except (TypeError,ValueError): return math.nan
-
 def _change(learn, paths):
     "By how much the layer that changes its features most does so, on a batch of validation"
     batch,n_inp = one_batch(learn.dls)
@@ -242,7 +237,7 @@ def _score(learn):
     "Validation loss and metrics"
     names = [m.name for m in learn.metrics]
     loss,*values = learn.validate()
-    return float(loss),dict(zip(names, map(_number, values)))
+    return float(loss),dict(zip(names, map(as_float, values)))
 
 # %% ../../nbs/api/compare/runs.ipynb #dbc576b5
 def run(

@@ -133,7 +133,7 @@ def _ours_for(layer):
         try: difference,tol = _difference(layer, torch.float32),1e-3
         except Exception as e: raise ValueError(f"it cannot be copied, or does not run on a small map: {type(e).__name__}: {e}") from e
     if not difference <= tol:
-        raise ValueError(f"it gives other results than {type(ours).__name__}, different by {difference:.1g} of the largest value")
+        raise ValueError(f"it gives other results than {type(ours).__name__}, different by {difference:.1g} times the largest value")
     if hasattr(layer, 'attention_place'): ours.attention_place = layer.attention_place
     for name in (n for n in vars(layer) if '_hook' in n):
         setattr(ours, name, getattr(layer, name))     # the very dicts, so that handles still work

@@ -11,6 +11,7 @@ __all__ = ['attention_uniform', 'AttentionEffect', 'attention_effect']
 import html
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import count
 
 import fastai.layers
 import pandas as pd
@@ -23,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..attention.kinds import attention_off, choose_layers
 from ..attention.layers import SelfAttention
-from ..quiet import InPrecision, check_type, eagerly, eval_mode, first_tensor, random_kept
+from ..quiet import InPrecision, as_float, check_type, eagerly, eval_mode, first_tensor, random_kept
 from .record import change_share
 
 # %% ../../nbs/api/seeing/effect.ipynb #a757cc6d
@@ -81,6 +82,7 @@ def _aside(learn):
     try:
         with random_kept(), eval_mode(learn.model), learn.no_logging():
             learn.remove_cbs([cb for cb in cbs if _is_bystander(cb)])
+            learn.recorder.valid_metrics = True
             yield
     finally:
         for cb in cbs:
@@ -130,6 +132,12 @@ def _changes_of(layers, stack):
     for path,m in layers.items(): stack.callback(m.register_forward_hook(watch(path), with_kwargs=True).remove)
     return seen
 
+def _column_names(metrics):
+    "Of the table: the way, the loss and the metrics, numbered where two have one name"
+    names = ['attention','valid_loss']
+    for m in metrics: names.append(next(n for i in count(1) if (n := m.name if i == 1 else f'{m.name} {i}') not in names))
+    return names
+
 def attention_effect(
     learn:Learner, # with attention layers in its model
     layers:str|Sequence[str]=None, # names or patterns of layers; all if None
@@ -138,10 +146,10 @@ def attention_effect(
     "Validate with attention, without it and with uniform maps; changes nothing; `ValueError` as `choose_layers`, or without data"
     chosen = choose_layers(learn, layers)
     if dl is not None: check_type((DataLoader,utils.data.DataLoader), 'a loader of data', dl=dl)
-    dl = dl or (learn.dls.loaders[1] if len(learn.dls.loaders) > 1 else None)
+    elif len(learn.dls.loaders) > 1: dl = learn.dls.loaders[1]
     if dl is None or len(dl) == 0: raise ValueError("this Learner has no validation data: give `dl`")
-    names = ['valid_loss', *(m.name for m in learn.metrics)]
-    def row(way): return dict(zip(('attention',*names), (way,*map(float, learn.validate(dl=dl, cbs=InPrecision())))))
+    names = _column_names(learn.metrics)
+    def row(way): return dict(zip(names, (way,*map(as_float, learn.validate(dl=dl, cbs=InPrecision())))))
     with _aside(learn), eagerly():
         with ExitStack() as stack:
             seen = _changes_of(chosen, stack)

@@ -144,7 +144,8 @@ def before_fit(self:GammaLogger):
     self._warned.clear()
     self._grads,self._changes,self._ran = {},{},{}
     if self._watch: self._watch.remove()     # of a fit that Ctrl-C ended between `before_batch` and the call of the model
-    self._in_table = next(cb for cb in self.learn.cbs if isinstance(cb, GammaLogger)) is self
+    self._is_first = next(cb for cb in self.learn.cbs if isinstance(cb, GammaLogger)) is self
+    self._in_table = self._is_first and hasattr(self.learn, 'recorder')     # without a `Recorder` there is no table
     if self._logging and self._in_table: self._add_columns()
 
 @patch
@@ -174,16 +175,17 @@ def before_train(self:GammaLogger):
     if unknown:
         warn_once(self, f"not trained: {', '.join(unknown)}, as the optimizer was made before and does not know the parameters; "
                         "insert with `learn.insert_attention(...)`, or call `learn.create_opt()` once more")
-    if not self._in_table: warn_once(self, "this Learner has another `GammaLogger`, which adds the columns; one is enough")
+    if not self._is_first: warn_once(self, "this Learner has another `GammaLogger`, which adds the columns; one is enough")
     self._at = max(self._at, float(self.epoch))     # further on where training is resumed
     if not self._rows: self._log({})
 
 @patch
 def _unknown(self:GammaLogger):
-    "Paths of the layers with parameters that the optimizer does not know"
+    "Paths of the layers with parameters to be trained that the optimizer does not know"
     known = {id(p) for group in self.opt.param_lists for p in group}
     if not any(id(p) in known for p in self.learn.model.parameters()): return []     # it trains copies, as in some mixed precision
-    return [path or 'model' for path,m in attention_layers(self.learn.model).items() if any(id(p) not in known for p in m.parameters())]
+    def misses(m): return any(p.requires_grad and id(p) not in known for p in m.parameters())
+    return [path or 'model' for path,m in attention_layers(self.learn.model).items() if misses(m)]
 
 @patch
 def before_batch(self:GammaLogger):

@@ -21,12 +21,12 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import Tensor
 
-from .plot import pixel_aspect, plot_attention
+from .plot import given_axes, pixel_aspect, plot_attention
 from .pictures import numbered_pictures
 from .scale import attention_bar
 from .record import AttentionRecorder
 from ..attention.kinds import attention_off
-from ..quiet import InPrecision, check_whole, eval_mode, first_batches, inputs_of, n_rows, random_kept, rows
+from ..quiet import InPrecision, check_positive, check_whole, eval_mode, first_batches, inputs_of, n_rows, random_kept, rows
 
 # %% ../../nbs/api/seeing/interpret.ipynb #90612173
 class _Collect(Callback):
@@ -157,6 +157,7 @@ def _own_maps(model, p, points, name):
 
 def _new_axes(n_rows, ratio, imsize):
     "Two columns for pictures `ratio` times as wide as high, below titles of three lines, no wider than a page"
+    check_positive('inches', imsize=imsize)
     width = min(3, imsize*ratio)
     figsize = 2*width+1,(width/ratio+.6)*n_rows
     return plt.subplots(n_rows, 2, figsize=figsize, squeeze=False, layout='constrained')[1]
@@ -181,6 +182,7 @@ def plot_top(self:AttentionInterpretation,
     maps = _own_maps(self.learn.model, p, points, name)
     vmax = max(2., *(m.max().item()*m.numel() for m in maps))
     if axs is None: axs = _new_axes(len(rows), max(w/h for h,w in p.shapes), imsize)
+    else: axs = given_axes(axs, (len(rows),2), 'a picture and its map for each')
     for (left,right),image,shape,m,point,row in zip(axs, p.images, p.shapes, maps, points, rows.itertuples()):
         left.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), aspect=pixel_aspect(image, shape))
         left.set_axis_off()

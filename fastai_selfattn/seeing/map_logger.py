@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Sequence
 from copy import copy
+from numbers import Integral, Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from ..attention.kinds import attention_layers, choose_layers
 from ..files import file_path, whole_file
-from ..quiet import bare_model, check_whole, eval_mode, random_kept
+from ..quiet import bare_model, check_type, check_whole, eval_mode, random_kept
 from .gamma_logger import GammaLogger, mend_wandb, warn_once
 from .pictures import pictures
 from .plot import plot_attention, show_attention, show_attention_growth
@@ -87,13 +88,13 @@ class AttentionMapLogger(Callback):
         seed:int=0, # of points that are drawn at random
         which:int=0, # of several pictures that the model takes at once, the one to look at
     ):
-        (every,max_n),(self.which,) = check_whole(every=every, max_n=max_n),check_whole(0, which=which)
+        (every,max_n),(seed,self.which) = check_whole(every=every, max_n=max_n),check_whole(0, seed=seed, which=which)
         if points is None: raise ValueError("`points` must say which query pixels to record, got None")
         if not (layers is None or isinstance(layers, Sequence) and all(isinstance(l, str) for l in layers)):
             raise TypeError(f"`layers` must be names of attention layers, got {layers!r}")
         self.items,self.points,self.layers = items,check_points(points),layers
         self.every,self.max_n,self.seed = every,max_n,seed
-        self.path = None if path is None else file_path(path, 'path', 'folder')
+        self.path = None if path is None else file_path(path, 'path', 'folder').absolute()     # wherever training goes meanwhile
         self.pictures,self._seen,self._files,self._done,self._warned = None,[],[],0,set()
         self._check_path()
 
@@ -194,6 +195,7 @@ def maps(self:AttentionMapLogger,
 @patch
 def _one(self:AttentionMapLogger, picture, point, layer):
     "Picture, maps over time, query pixel and labels of one query pixel"
+    check_type(Integral, 'a whole number', picture=picture, point=point)
     layer,epochs,gammas,maps = self.maps(layer)
     if isinstance(maps, Tensor): maps = maps.unbind(1)
     points = self._seen[-1].of(picture%len(maps))[0].points
@@ -228,6 +230,8 @@ def save_gif(self:AttentionMapLogger,
     seconds:float=.6, # that each epoch is shown; the last one is shown three times as long
 ):
     "Write how the map of one query pixel grew as an animated GIF, on one colour scale; `ValueError` as `maps`"
+    check_type(Real, 'a number of seconds', seconds=seconds)
+    if not .01 <= seconds <= 60: raise ValueError(f"`seconds` must be from 0.01 to 60, got {seconds!r}")
     image,maps,at,labels = self._one(picture, point, layer)
     h,w = image.shape[-2:]
     vmax,frames = max(2., maps.max().item()*maps[0].numel()),[]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..attention.kinds import did_you_mean, path_matches
-from ..quiet import check_size, check_type
+from ..quiet import check_positive, check_size, check_type
 from .effect import change_in_words
 from .scale import Averages, attention_bar, strongest, tops_of
 
@@ -89,7 +89,7 @@ page_width = 7.     # inches, the width of a page; a wider figure is shrunk unti
 
 def _grid(h, w, n, blocks=1, imsize=2., lines=1):
     "Axes (blocks, n) of a new figure for pictures (h, w), each block wrapped to the page, with `lines` of title"
-    if not 0 < imsize < math.inf: raise ValueError(f"`imsize` must be a number of inches, more than 0, got {imsize!r}")
+    check_positive('inches', imsize=imsize)
     room = page_width-1
     ncols = max(1, min(n, max(2, int(room/max(1.45, .5*imsize*w/h)))))
     nrows = math.ceil(n/ncols)

@@ -23,6 +23,7 @@ from fastai.vision.augment import Brightness, Contrast, Flip, Resize
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageBlock, MaskBlock
 
+from ..quiet import check_whole
 from .masks import SeveralCodes, in_short, look_at_mask, open_mask
 from .pictures import open_photo
 from .rooms import make_rooms
@@ -204,6 +205,7 @@ def rooms_dls(
     path:str|Path=None, # new folder for the pictures; one that goes with the `DataLoaders` if None
 )->DataLoaders:
     "Rendered rooms and their wall masks, 15 % of them for validation"
+    bs, = check_whole(unit='pictures', bs=bs)
     folder = TemporaryDirectory() if path is None else None
     items = wall_items(make_rooms(Path(folder.name)/'rooms' if folder else path, n, size, seed))
     train,valid,test = split_walls(items, seed)

@@ -8,6 +8,9 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/walls/paint.html.md"
 __all__ = ['wall_probability', 'is_wall', 'recolor']
 
 # %% ../../nbs/api/walls/paint.ipynb #41490ef5
+from collections.abc import Sequence
+from numbers import Real
+
 import numpy as np
 import torch
 from PIL import Image, ImageColor
@@ -15,6 +18,7 @@ from fastai.learner import Learner
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..quiet import check_type, eval_mode
 from .pictures import has_alpha, open_photo
 
 # %% ../../nbs/api/walls/paint.ipynb #0cd49385
@@ -25,8 +29,7 @@ def wall_probability(
     "Where the walls are, at the photo's own resolution"
     photo = open_photo(photo)
     x = learn.dls.test_dl([photo], bs=1, num_workers=0).one_batch()[0]
-    model = learn.model.eval()
-    with torch.no_grad(): p = model(x).float().softmax(1)[:,1:]
+    with torch.no_grad(), eval_mode(learn.model): p = learn.model(x).float().softmax(1)[:,1:]
     return F.interpolate(p, size=photo.size[::-1], mode='bilinear', align_corners=False)[0,0].cpu()
 
 # %% ../../nbs/api/walls/paint.ipynb #3215fea0
@@ -47,15 +50,23 @@ def _cover(prob, wall):
     inside = F.max_pool2d((~wall)[None,None].float(), 3, 1, 1)[0,0] == 0
     return (wall*torch.where(inside, 1., (2*prob - .5).clamp(0, 1))).numpy()
 
+def _paint(color):
+    "The three numbers of a colour"
+    if isinstance(color, str): return ImageColor.getrgb(color)[:3]
+    is_three = isinstance(color, Sequence) and len(color) == 3 and all(isinstance(c, Real) and 0 <= c <= 255 for c in color)
+    if not is_three: raise ValueError(f"`color` must be a colour such as '#7aa6c2' or 'teal', or (r, g, b) from 0 to 255, got {color!r}")
+    return color
+
 def recolor(
     photo:Image.Image, # RGB, or with transparency, which is kept
     prob:Tensor, # (h, w) probability of wall for each pixel of `photo`
     color:str|tuple, # new paint: '#7aa6c2', a name such as 'teal', or (r, g, b) from 0 to 255
 )->Image.Image: # RGB, or RGBA if `photo` has transparency; the same picture where it is not wall
     "Repaint the walls, light and shade kept; `ValueError` for an unknown colour or a map of another size"
+    check_type(Tensor, 'a tensor (h, w)', prob=prob)
+    paint = _paint(color)
     a = np.asarray(photo.convert('RGB'), dtype=np.float32)/255
     if prob.shape != a.shape[:2]: raise ValueError(f"`prob` has shape {tuple(prob.shape)}, the photo has {a.shape[1]}x{a.shape[0]} pixels")
-    paint = ImageColor.getrgb(color)[:3] if isinstance(color, str) else color
     wall = is_wall(prob)
     if not wall.any(): return photo.copy()
     light = _linear(a) @ _luminance

@@ -30,6 +30,7 @@ def _show(ax, image, title=None):
 
 def _grid(items, ncols):
     "Axes for a row of `ncols` pictures each, as high as the first picture asks for"
+    if not items: raise ValueError("`items` is empty: there is no picture to draw")
     w,h = open_photo(items[0]).size
     return plt.subplots(len(items), ncols, figsize=(2.5*ncols, (2.5*h/w+.12)*len(items)+.2), squeeze=False, layout='constrained')[1]
 

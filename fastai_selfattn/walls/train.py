@@ -73,6 +73,7 @@ def evaluate_walls(
     items:list[Path], # pictures of a data set that it has not seen
 )->dict[str,float]: # `dice`, `wall_iou`, and `all_wall_dice`, the Dice of calling every pixel wall
     "Figures on held-out pictures, over all their labelled pixels at the size that the model sees"
+    if not items: raise ValueError("`items` is empty: there is no picture to evaluate on")
     dl = learn.dls.test_dl(items, with_labels=True, num_workers=0)
     with learn.no_bar(): _,dice,iou = learn.validate(dl=dl)
     ys = [y[y != IGNORED] for *_,ys in dl for y in ys.as_subclass(Tensor)]

@@ -91,14 +91,14 @@ def test_seeds_and_arms_are_added(tmp_path, monkeypatch):
     c = compare_attention(few, net, **few_arms, seeds=[5], path=path)
     assert len(calls) == 6 and c.arms == ['none', 'attention'] and c.runs.seed.tolist() == [5, 5]
 
-def test_no_data_is_made_when_all_is_there(tmp_path):
+def test_one_start_is_made_again_when_all_is_there(tmp_path):
     class Counted:
         made = []
         def __call__(self, seed):
             self.made.append(seed)
             return few(seed)
     for _ in range(2): compare_attention(Counted(), net, **settings, seeds=2, path=tmp_path/'r.json')
-    assert Counted.made == [0, 1]
+    assert Counted.made == [0, 1, 0]     # the last to see whether it is still what was recorded
 
 def other_net(dls): return Learner(dls, nn.Sequential(nn.Conv1d(5, 16, 1), nn.Conv1d(16, 1, 1)), loss_func=MSELossFlat(), metrics=mae)
 
@@ -219,3 +219,34 @@ def test_architectures_are_told_from_functions_of_data():
 def test_what_is_meant_for_the_learner_is_not_said_of_the_layer():
     with pytest.raises(ValueError, match=r'`pretrained` is an argument of `unet_learner`, not of the layer: give `learner_args=dict\(pretrained=...\)`'):
         compare_attention(few, small_encoder, epochs=1, pretrained=False, gamma=1.)
+
+WIDTH = 24
+
+def wide(dls): return Learner(dls, nn.Sequential(nn.Conv1d(5, WIDTH, 1), nn.Conv1d(WIDTH, 1, 1)), loss_func=MSELossFlat(), metrics=mae)
+
+@pytest.mark.parametrize('seeds', [2, 3, [5]], ids=['finished', 'one more', 'another'])
+def test_a_global_that_changed_is_seen_whatever_is_left_to_train(monkeypatch, tmp_path, seeds):
+    fname = tmp_path/'g.json'
+    args = few, wide
+    compare_attention(*args, **settings | dict(arms=['attention']), seeds=2, path=fname)
+    held = fname.read_bytes()
+    assert len(compare_attention(*args, **settings | dict(arms=['attention']), seeds=2, path=fname).records) == 4
+    monkeypatch.setitem(globals(), 'WIDTH', 32)
+    with pytest.raises(ValueError, match='the start weights of .* give another `path`'):
+        compare_attention(*args, **settings | dict(arms=['attention']), seeds=seeds, path=fname)
+    assert fname.read_bytes() == held
+
+@pytest.mark.parametrize('wrong,error,says', [(dict(lr=0), ValueError, '`lr` must be a number, more than 0'), (dict(lr=-1), ValueError, '`lr` must be a number, more than 0'),
+    (dict(lr='a'), TypeError, '`lr` must be a number'), (dict(lr=slice(0, 1e-3)), ValueError, '`lr` must be a number, more than 0'),
+    (dict(lr=slice('a')), TypeError, '`lr` must be a number'), (dict(lower_is_better='x'), TypeError, '`lower_is_better` must be True, False or None')], ids=str)
+def test_numbers_that_cannot_be_are_refused_before_training(wrong, error, says):
+    with pytest.raises(error, match=says): compare_attention(few, net, **settings | wrong, seeds=1)
+
+def test_plot_takes_axes():
+    c = compare_attention(few, net, **settings | dict(arms=['attention']), seeds=1)
+    with pytest.raises(TypeError, match='`ax` must be an `Axes`'): c.plot('x')
+
+def test_learning_rates_may_be_a_slice(tmp_path):
+    args = settings | dict(arms=['attention'], lr=slice(1e-4, 1e-2), fit='fit_one_cycle', path=tmp_path/'r.json')
+    assert compare_attention(few, net, **args, seeds=1).metric
+    with pytest.raises(ValueError, match='another setting: training was'): compare_attention(few, net, **args | dict(lr=slice(1e-5, 1e-2)), seeds=1)

@@ -1,6 +1,9 @@
 "The file of a comparison: whole at any moment, and never of two minds about its settings."
 import json, os
-import pytest
+from functools import partial
+from pathlib import Path
+import pytest, torch
+from fastai.metrics import Dice
 from conftest import named, root, run
 from fastai_selfattn.compare import records
 from fastai_selfattn.compare.records import Records, describe, read_records
@@ -93,3 +96,22 @@ def test_described_by_what_they_do():
     ways = [f(1), f(2), f(1, 2), lambda x: x+1, lambda x: x-1, lambda x: len(x), lambda x: sum(x), lambda x: [i+1 for i in x], lambda x: [i+2 for i in x]]
     assert len({describe(w) for w in ways}) == len(ways)
     assert describe(f(1)) == describe(f(1))
+
+class Loss:
+    def __init__(self, factor, hidden=0, weight=None): self.factor, self.sum, self.weight = factor, hidden, weight
+
+def test_objects_are_told_by_what_they_were_made_with(tmp_path):
+    def data(seed, folder): pass
+    at = lambda x: describe(partial(data, folder=x))
+    assert at(Path('a')) == at('a') != at(Path('b'))
+    assert describe(Loss(1.)) == 'Loss(factor=1.0, weight=None)' == describe(Loss(1., hidden=3)) != describe(Loss(2.))
+    assert describe(Loss(1., weight=torch.tensor([1., 2.]))) != describe(Loss(1., weight=torch.tensor([1., 3.])))
+    assert describe(lambda: Loss) != describe(lambda x=Loss(1.): x) != describe(lambda x=Loss(2.): x)
+    assert describe(Dice()) == describe(used := Dice()) and not used.reset()
+    used.inter, used.union = 3., 4.                                    # what it counts is no setting
+    assert describe(Dice()) == describe(used) != describe(Dice(axis=2))
+
+@pytest.mark.parametrize('held', [dict(runs=[]), dict(settings={})], ids=str)
+def test_a_file_without_its_parts_is_none_of_ours(tmp_path, held):
+    (tmp_path/'r.json').write_text(json.dumps(dict(what=records._kind) | held))
+    with pytest.raises(ValueError, match='does not hold results of a comparison'): read_records(tmp_path/'r.json')

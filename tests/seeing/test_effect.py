@@ -5,7 +5,8 @@ import pytest, torch
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import SaveModelCallback
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
+from fastai.data.load import DataLoader
+from fastai.learner import Learner, Metric
 from fastai.metrics import mae
 from torch import nn
 
@@ -102,3 +103,38 @@ def test_bad_input(tmp_path):
     learn.dls = DataLoaders(learn.dls.train)
     with pytest.raises(ValueError, match='no validation data'): learn.attention_effect()
     assert learn.attention_effect(dl=learn.dls.train).table.shape == (3, 2)
+
+# data and metrics of all kinds
+
+def test_an_empty_loader_is_no_data(tmp_path):
+    learn = learner(net(), tmp_path)
+    for make in (DataLoader, torch.utils.data.DataLoader):
+        with pytest.raises(ValueError, match='give `dl`'): attention_effect(learn, dl=make([], 2))
+
+class Value(Metric):
+    def __init__(self, value, name='value'): self._value, self._name = value, name
+    def reset(self): pass
+    def accumulate(self, learn): pass
+    @property
+    def value(self): return self._value
+    @property
+    def name(self): return self._name
+
+@pytest.mark.parametrize('value', [None, {'a': 1}, 'good', torch.ones(2), [1, 2]], ids=str)
+def test_a_metric_that_is_no_number_is_nan(tmp_path, value):
+    learn = learner(net(), tmp_path)
+    learn.metrics = [Value(value), Value(.25, 'quarter')]
+    t = attention_effect(learn).table
+    assert t['value'].isna().all() and t['quarter'].eq(.25).all() and t['valid_loss'].notna().all()
+
+def test_metrics_of_one_name_have_a_column_each(tmp_path):
+    learn = learner(net(), tmp_path)
+    learn.metrics = [Value(1., 'a'), Value(2., 'a'), Value(3., 'attention'), Value(4., 'a')]
+    effect = attention_effect(learn)
+    assert list(effect.table) == ['valid_loss', 'a', 'a 2', 'attention 2', 'a 3'] and effect.table.iloc[0, 1:].tolist() == [1, 2, 3, 4]
+    assert list(effect.table.index) == ['on', 'off', 'uniform maps'] and 'valid_loss with attention' in effect.sentence
+
+def test_a_recorder_that_records_no_validation_is_no_matter(tmp_path):
+    learn = learner(net(), tmp_path)
+    learn.recorder.valid_metrics = False
+    assert list(attention_effect(learn).table) == ['valid_loss', 'mae'] and learn.recorder.valid_metrics is False

@@ -137,7 +137,7 @@ def test_axes_that_are_given_are_used(rooms):
     interp = AttentionInterpretation.from_learner(make(rooms))
     axs = plt.figure().subplots(2, 2)
     before = plt.get_fignums()
-    assert interp.plot_top(k=2, axs=axs) is axs and plt.get_fignums() == before and all(ax.images for ax in axs.flat)
+    assert (interp.plot_top(k=2, axs=axs) == axs).all() and plt.get_fignums() == before and all(ax.images for ax in axs.flat)
 
 
 def test_other_data_and_chosen_layers(rooms):
@@ -172,3 +172,13 @@ def test_an_error_on_the_way_leaves_no_hook(rooms):
     before = state(learn)
     with pytest.raises(RuntimeError): AttentionInterpretation.from_learner(learn)
     assert unchanged(learn, before)
+
+@pytest.mark.parametrize('kwargs,error,says', [(dict(axs=(1, 2)), ValueError, 'array of 3x2 axes'), (dict(axs=(5, 2)), ValueError, 'array of 3x2 axes'), (dict(axs=None), TypeError, 'an `Axes` of matplotlib'),
+    (dict(imsize=0), ValueError, '`imsize` must be a number of inches'), (dict(imsize='a'), TypeError, '`imsize` must be a number of inches'), (dict(imsize=None), TypeError, '`imsize` must be')], ids=str)
+def test_plot_top_checks_axes_and_size(rooms, kwargs, error, says):
+    interp = AttentionInterpretation.from_learner(make(rooms))
+    if 'axs' in kwargs: kwargs = dict(axs=plt.subplots(*kwargs['axs'], squeeze=False)[1] if kwargs['axs'] else 'here')
+    before = plt.get_fignums()
+    with pytest.raises(error, match=says): interp.plot_top(k=3, **kwargs)
+    assert plt.get_fignums() == before
+    plt.close('all')

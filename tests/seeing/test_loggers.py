@@ -1,5 +1,5 @@
 "`GammaLogger` and `AttentionMapLogger`: right numbers and maps where they belong, training as without them, and a `Learner` as good as new however it ends"
-import copy, json, random, shutil, tempfile, warnings
+import copy, json, os, random, shutil, tempfile, warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1164,3 +1164,38 @@ def test_two_gamma_loggers_add_one_column():
     with learn.no_bar(), pytest.warns(UserWarning, match='another `GammaLogger`'): learn.fit(1, cbs=(second := GammaLogger()))
     assert list(learn.recorder.metric_names).count('gamma') == 1 and len(learn.recorder.values[-1]) == 3
     assert len(second.history) == 3 and len(next(cb for cb in learn.cbs if isinstance(cb, GammaLogger)).history) == 3
+
+@pytest.mark.parametrize('frozen', ['gamma', 'all'])
+def test_what_is_frozen_on_purpose_is_not_called_unknown(tmp_path, files, frozen):
+    learn = segment(files, tmp_path, GammaLogger())
+    layer = learn.model.get_submodule('1')
+    for p in ([layer.gamma] if frozen == 'gamma' else layer.parameters()): p.requires_grad_(False)
+    learn.create_opt()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        learn.fit(1, .01)
+
+def test_without_a_recorder_there_is_no_table_and_training_goes_on(tmp_path, files):
+    learn = segment(files, tmp_path, GammaLogger())
+    learn.remove_cb(Recorder)
+    learn.fit(1, .01)
+    assert len(learn.gamma_logger.history) > 1
+
+def test_maps_go_where_they_were_told_to_when_the_folder_changes(tmp_path, files, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'other'/'maps').mkdir(parents=True)
+    class Move(Callback):
+        def after_epoch(self): os.chdir(tmp_path/'other')
+    segment(files, tmp_path, AttentionMapLogger(path='maps'), Move()).fit(2, .01)
+    assert len(list((tmp_path/'maps').iterdir())) > 4 and not list((tmp_path/'other'/'maps').iterdir())
+
+@pytest.mark.parametrize('kwargs,error,says', [(dict(picture='a'), TypeError, '`picture` must be a whole number'), (dict(point='wall'), TypeError, '`point` must be a whole number'), (dict(picture=.5), TypeError, '`picture`'),
+    (dict(seconds=-1), ValueError, '`seconds` must be from'), (dict(seconds=float('nan')), ValueError, '`seconds` must be from'), (dict(seconds=1e9), ValueError, '`seconds` must be from'), (dict(seconds='x'), TypeError, '`seconds`')], ids=str)
+def test_growth_and_gif_check_what_they_get(tmp_path, files, kwargs, error, says):
+    logger = AttentionMapLogger()
+    segment(files, tmp_path, logger).fit(1, .01)
+    with pytest.raises(error, match=says): logger.save_gif(tmp_path/'a.gif', **kwargs)
+    if 'seconds' not in kwargs:
+        with pytest.raises(error, match=says): logger.show_growth(**kwargs)
+    assert not (tmp_path/'a.gif').exists()
+    with pytest.raises(TypeError, match='`seed` must be a whole number'): AttentionMapLogger(seed='a')

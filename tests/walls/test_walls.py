@@ -19,9 +19,10 @@ from processes import python, started
 from fastai_selfattn.walls import commands as walls
 from fastai_selfattn.walls.rooms import make_rooms
 from fastai_selfattn.walls.train import evaluate_walls, small_encoder, wall_learner
-from fastai_selfattn.walls.data import mask_of, open_mask, open_photo, split_walls, wall_dls, wall_items
+from fastai_selfattn.walls.data import mask_of, open_mask, open_photo, rooms_dls, split_walls, wall_dls, wall_items
 from fastai_selfattn.walls.paint import recolor, wall_probability
 from fastai_selfattn.walls.commands import recolor_main, walls_main
+from fastai_selfattn.walls.report import plot_predictions, plot_recolored
 
 TINY = '--epochs 1 --bs 4 --size 32'.split()
 
@@ -355,3 +356,26 @@ def test_gamma_starts_where_it_is_told_and_the_report_says_what_attention_did(ro
 def test_without_attention_there_is_no_gamma_to_start(rooms, tmp_path, capsys):
     with pytest.raises(SystemExit) as e: walls_main([*TINY, '--data', str(rooms), '--no-attention', '--gamma', '.8', '--out', str(tmp_path/'run')])
     assert e.value.code == 2 and '--gamma is for attention' in capsys.readouterr().err and not (tmp_path/'run').exists()
+
+@pytest.mark.parametrize('color', [None, 5, (1, 2), (1, 2, 3, 4), (300, -5, 0), ('a', 'b', 'c')], ids=str)
+def test_what_is_no_colour_is_refused(color):
+    with pytest.raises(ValueError, match='`color` must be a colour'): recolor(Image.new('RGB', (3, 2)), torch.ones(2, 3), color)
+
+def test_a_probability_is_a_tensor():
+    with pytest.raises(TypeError, match='`prob` must be a tensor'): recolor(Image.new('RGB', (3, 2)), np.ones((2, 3)), 'teal')
+
+def test_looking_for_walls_leaves_the_mode(finished, rooms):
+    learn = walls._load(finished[0]/'export.pkl')
+    learn.model.train()
+    modes = [m.training for m in learn.model.modules()]
+    wall_probability(learn, wall_items(rooms)[0])
+    assert [m.training for m in learn.model.modules()] == modes and any(modes)
+
+def test_no_pictures_is_said(finished):
+    learn = walls._load(finished[0]/'export.pkl')
+    for f in (plot_predictions, plot_recolored, evaluate_walls):
+        with pytest.raises(ValueError, match='`items` is empty'): f(learn, [])
+
+@pytest.mark.parametrize('bs', [0, -2])
+def test_a_batch_has_pictures(bs):
+    with pytest.raises(ValueError, match='`bs` must be 1 or more'): rooms_dls(8, bs=bs)
