@@ -1,5 +1,5 @@
 "The files that are made from others are up to date, and what is installed is complete."
-import configparser, email, importlib.metadata, re, runpy, subprocess, sys, zipfile
+import configparser, email, importlib.metadata, json, re, runpy, subprocess, sys, zipfile
 import pytest, yaml
 from conftest import bin_dir, changed, contents, copy_project, project_files, root, run
 from processes import python
@@ -177,3 +177,21 @@ def test_every_page_is_in_the_sidebar():
     nbs = root/'nbs'
     ours = {p.relative_to(nbs).as_posix() for p in nbs.rglob('*.ipynb') if not any(s.startswith(('_', '.')) for s in p.relative_to(nbs).parts)}
     assert set(pages(quarto['website']['sidebar']['contents'])) == ours
+
+# links
+
+def cells(path): return [(c['cell_type'], ''.join(c['source'])) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
+
+def anchors(path):
+    "What a link to the page may name behind its `#`: its headings, and the names that it defines"
+    for kind,text in cells(path):
+        if kind == 'code': yield from (name.lower() for name in re.findall(r'(?:def|class) (\w+)', text))
+        else: yield from (re.sub(r'[^\w-]', '', h.lower().replace(' ', '-')).lstrip('0123456789-') for h in re.findall(r'^#+ (.+)$', text, re.M))
+
+def test_links_between_pages_lead_somewhere():
+    broken = []
+    for page in (root/'nbs').rglob('*.ipynb'):
+        for link,anchor in (l for kind,text in cells(page) if kind == 'markdown' for l in re.findall(r'\]\(([^)#\s:]*)#?([^)\s:]*)\)', text)):
+            target = (page.parent/link).resolve() if link else page
+            if not target.exists() or anchor and anchor.lower() not in anchors(target): broken.append(f'{page.relative_to(root)}: {link}#{anchor}')
+    assert not broken
