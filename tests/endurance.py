@@ -409,7 +409,7 @@ class Endurance(RuleBasedStateMachine):
     def trains(self, name):
         "Whether the group of a parameter that came to the optimizer trains"
         opt,p = self.learn.opt,self.model.get_parameter(name)
-        if not opt: return self.away.get(name, True)
+        if not opt: return any(name.startswith(f'{path}.') for path in self.placed) or self.away.get(name, True)     # attention is new
         i = next(i for i,g in enumerate(opt.param_lists) if any(q is p for q in g))
         return i >= opt.frozen_idx or i == len(opt.param_lists)-1 or bool(opt.state[p].get('force_train', False))
 
