@@ -18,16 +18,19 @@ from pathlib import Path
 
 import fastai
 import torch
-from fastai.data.transforms import Normalize
+from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.layers import ToTensorBase
 from fastai.learner import Learner
+from fastai.torch_core import TensorImage
+from fastcore.basics import nested_attr
+from fastcore.imports import noops
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from . import __version__
 from .attention.norms import bake, normed
 from .files import whole_file
-from .quiet import bare_model, check_type, check_whole, one_batch
+from .quiet import bare_model, check_type, check_whole, one_batch, random_kept
 
 # %% ../nbs/api/export.ipynb #764cd3dd
 def _without_tensor_base(model):
@@ -39,25 +42,55 @@ def _without_tensor_base(model):
 
 _outputs = 'probs','classes','raw'
 
+def _of_loss(loss_func, name):
+    "What a loss makes of outputs; None if it is none of fastai's, or leaves them as they are"
+    f = getattr(loss_func, name, None)
+    return None if f is noops or getattr(f, '__func__', None) is noops else f
+
+def _channels(learn):
+    "Channels of its pictures, by its data or else its first conv"
+    batch = one_batch(learn.dls)
+    if batch: return batch[0][0].shape[1]
+    return next((m.in_channels for m in bare_model(learn.model).modules() if isinstance(m, nn.Conv2d)), 3)
+
+def _batch_tfms(learn): return getattr(getattr(learn.dls, 'after_batch', None), 'fs', ())     # of a `Pipeline`, in fastai's loaders
+
+def _check_transforms(learn):
+    "`ValueError` if a transform of batches changes the numbers of a picture at validation, and is not what a file contains"
+    for t in _batch_tfms(learn):
+        if isinstance(t, Normalize): continue
+        given = torch.arange(480).mul(97).remainder(256).byte().view(1, 1, 24, 20).expand(-1, _channels(learn), -1, -1)
+        given = given.to(getattr(learn.dls, 'device', None))
+        want = given/255
+        with random_kept(), torch.no_grad():
+            try: got = t(TensorImage(given if isinstance(t, IntToFloatTensor) else want), split_idx=1)
+            except Exception: continue     # it asks for more than a picture
+        if not isinstance(got, Tensor) or got.shape != want.shape: continue     # a size, which whoever runs the file chooses
+        if (got.as_subclass(Tensor)-want).abs().mean() > 1e-3:
+            raise ValueError(f"the batch transform {type(t).__name__} changes pictures at validation, and a file has `Normalize` alone: "
+                             "make it part of the model, or take it out of `learn.dls`")
+
+# %% ../nbs/api/export.ipynb #fd20730c
 class Deployed(nn.Module):
     "Pictures, values 0 to 1, to what a Learner predicts for them; nothing of training is left inside"
     def __init__(self,
         learn:Learner, # its model is copied, and computes in float32
-        output:str='probs', # 'probs' as the loss's `activation` makes them, 'classes' as its `decodes` does, or 'raw'
+        output:str='probs', # 'probs' as the loss's `activation` has them, 'classes' as its `decodes` makes of these, or 'raw'
     ):
         super().__init__()
         if not isinstance(learn, Learner): raise TypeError(f"`learn` must be a Learner, got {type(learn).__name__}")
         if output not in _outputs: raise ValueError(f"`output` must be one of {', '.join(map(repr, _outputs))}, got {output!r}")
         n_inp = getattr(learn.dls, 'n_inp', 1)
         if n_inp != 1: raise ValueError(f"only models of one input can be exported here, this Learner's takes {n_inp}")
-        finish = dict(raw=None, probs='activation', classes='decodes')[output]
-        self.finish = getattr(learn.loss_func, finish, None) if finish else None
-        if output == 'classes' and not self.finish:
+        activation,decodes = _of_loss(learn.loss_func, 'activation'),_of_loss(learn.loss_func, 'decodes')
+        if output == 'classes' and not decodes:
             raise ValueError(f"{type(learn.loss_func).__name__} has no `decodes`, so there are no classes: use `output='probs'` or 'raw'")
+        self.finish = [f for f,wanted in ((activation,output != 'raw'), (decodes,output == 'classes')) if f and wanted]
+        self.output = output if self.finish else 'raw'
+        _check_transforms(learn)
         self.model = _without_tensor_base(deepcopy(bare_model(learn.model))).cpu().float().eval().requires_grad_(False)
         for conv in normed(self.model): bake(conv)
-        tfms = getattr(getattr(learn.dls, 'after_batch', None), 'fs', ())     # a `Pipeline` in the loaders that fastai makes
-        norm = next((t for t in tfms if isinstance(t, Normalize)), None)
+        norm = next((t for t in _batch_tfms(learn) if isinstance(t, Normalize)), None)
         for name in ('mean','std'):
             value = getattr(norm, name).detach().cpu().as_subclass(Tensor) if norm else None
             self.register_buffer(name, value)
@@ -65,7 +98,8 @@ class Deployed(nn.Module):
     def forward(self, x):
         if self.mean is not None: x = (x - self.mean)/self.std
         y = self.model(x)
-        return self.finish(y) if self.finish else y
+        for f in self.finish: y = f(y)
+        return y
 
 # %% ../nbs/api/export.ipynb #de91034e
 def _example(
@@ -75,18 +109,23 @@ def _example(
     "Pictures to trace a model with: two, as one is a special case"
     batch = one_batch(learn.dls)
     if size is None and batch is None: raise ValueError("this Learner has no data to tell the size of pictures: give `size`")
-    given = batch[0][0].shape[1:] if batch else (3,)
-    if size is None: size = given[1:]
+    if size is None: size = batch[0][0].shape[2:]
     sides = tuple(size) if isinstance(size, Iterable) else (size,size)
     if len(sides) != 2: raise ValueError(f"`size` must be one side or (h, w), got {size!r}")
     h,w = (check_whole(1, 'pixels', size=side)[0] for side in sides)
-    return torch.rand(2, given[0], h, w, generator=torch.Generator().manual_seed(0))
+    return torch.rand(2, _channels(learn), h, w, generator=torch.Generator().manual_seed(0))
+
+def _names(vocab):
+    "Names of classes, those of each target where there are several"
+    if vocab is None: return None
+    return [str(c) if isinstance(c, str) or not isinstance(c, Iterable) else _names(c) for c in vocab]
 
 def _about(learn, output, x, dynamic):
     "What a reader of the file wants to know, as JSON"
-    vocab = getattr(learn.dls, 'vocab', None)
-    about = dict(picture='float32 (bs, c, h, w), RGB, values 0 to 1', size=list(x.shape[2:]), dynamic=dynamic, prediction=output,
-                 classes=None if vocab is None else [str(c) for c in vocab],
+    vocab = getattr(learn.dls, 'vocab', None) or nested_attr(learn.dls, 'train.after_item.vocab')     # the latter of masks
+    colors = 'RGB, ' if x.shape[1] == 3 else ''
+    about = dict(picture=f'float32 (bs, {x.shape[1]}, h, w), {colors}values 0 to 1', size=list(x.shape[2:]), dynamic=dynamic,
+                 prediction=output, classes=_names(vocab),
                  made_with=f'torch {torch.__version__}, fastai {fastai.__version__}, fastai_selfattn {__version__}')
     return json.dumps(about)
 
@@ -104,7 +143,7 @@ def to_program(
     sides = {2:Dim.AUTO, 3:Dim.AUTO} if dynamic else {}
     with nullcontext() if fname is None else whole_file(fname) as new:
         program = torch.export.export(model, (x,), dynamic_shapes=({0:Dim.AUTO, **sides},))
-        if new: torch.export.save(program, new, extra_files={'about.json':_about(learn, output, x, _dynamic(program))})
+        if new: torch.export.save(program, new, extra_files={'about.json':_about(learn, model.output, x, _dynamic(program))})
     return program
 
 def _dynamic(program):
@@ -124,7 +163,7 @@ def to_onnx(
     with whole_file(fname) as new:
         program = to_program(learn, None, size, output, dynamic)
         model = torch.onnx.export(program, input_names=['picture'], output_names=['prediction'], dynamo=True, verbose=False)
-        model.model.metadata_props['about'] = _about(learn, output, _example(learn, size), _dynamic(program))
+        model.model.metadata_props['about'] = _about(learn, Deployed(learn, output).output, _example(learn, size), _dynamic(program))
         model.save(new)
     return Path(fname)
 
@@ -140,5 +179,9 @@ def to_torchscript(
     with whole_file(fname) as new, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')     # that tracing is deprecated, and that sizes become constants
         traced = torch.jit.trace(model, x)
-        traced.save(str(new), _extra_files={'about.json':_about(learn, output, x, ['bs'])})
+        for other in (torch.zeros_like(x), torch.ones_like(x)):
+            if not torch.allclose(traced(other), model(other), rtol=1e-3, atol=1e-4, equal_nan=True):
+                raise ValueError("what this model computes depends on the numbers of a picture in a way that TorchScript does not record, "
+                                 "such as an `if`: write it without, with `torch.where` say")
+        traced.save(str(new), _extra_files={'about.json':_about(learn, model.output, x, ['bs'])})
     return Path(fname)

@@ -85,13 +85,12 @@ def as_before(
 
 # %% ../nbs/api/quiet.ipynb #4f07909f
 @contextmanager
-def random_kept(
-    devices:Sequence=(), # CUDA devices whose random numbers are kept too
-)->Iterator[None]:
-    "Afterwards random numbers go on as if none had been drawn: Python's, numpy's, and PyTorch's on the CPU and on `devices`"
+def random_kept()->Iterator[None]:
+    "Afterwards random numbers go on as if none had been drawn: Python's, numpy's, and PyTorch's on the CPU and on GPUs in use"
     states = random.getstate(),np.random.get_state()
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()     # where fastai's augmentation draws
     try:
-        with torch.random.fork_rng(devices=devices): yield
+        with torch.random.fork_rng(devices=list(gpus)): yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
@@ -112,9 +111,8 @@ def unchanged(
     "`model` in eval mode; afterwards it and the random numbers as they were"
     buffers = [(m, n, b, None if b is None else b.clone()) for m in model.modules() for n,b in m._buffers.items()]
     flags = [(m, _flags(m)) for m in model.modules()]
-    cuda = sorted({b.device for b in (*model.parameters(), *model.buffers()) if b.device.type == 'cuda'}, key=str)
     try:
-        with random_kept(cuda), as_before(model): yield model
+        with random_kept(), as_before(model): yield model
     finally:
         with torch.no_grad():
             for m,n,b,old in buffers:

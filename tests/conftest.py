@@ -9,6 +9,10 @@ from processes import python
 root = Path(__file__).resolve().parent.parent
 bin_dir = Path(sys.executable).parent
 
+def pytest_configure(config):
+    "A GPU is there for `pytest -m cuda` alone: fastai would take it in every test"
+    if not config.option.markexpr.startswith('cuda'): os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
 def contents(folder):
     "Bytes of each file below `folder`, but for Python's own caches"
     return {p.relative_to(folder).as_posix(): p.read_bytes()

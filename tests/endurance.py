@@ -464,7 +464,7 @@ class Endurance(RuleBasedStateMachine):
 
     def before_training(self):
         if not self.only: return
-        chosen = [p for p in self.only if p in self.placed]
+        chosen = [p for p in self.placed if self.only == 'all' or p in self.only]
         self.flags = {n:any(n.startswith(f'{p}.') for p in chosen) for n in self.flags}
 
     @precondition(lambda self: self.is_float and self.trainable)
@@ -495,7 +495,7 @@ class Endurance(RuleBasedStateMachine):
         self.did('training breaks off')
 
     @property
-    def trainable(self): return not self.only or any(p in self.placed for p in self.only)
+    def trainable(self): return not self.only or any(self.only == 'all' or p in self.only for p in self.placed)
 
     @rule(n=st.sampled_from([0, 1, -1]))
     def freeze_to(self, n):
@@ -511,7 +511,7 @@ class Endurance(RuleBasedStateMachine):
         before = self.flags if not self.only else {n:self.were.get(n, True) for n in self.flags}
         quietly(self.learn.train_attention_only, layers)
         self.did('train_attention_only')
-        self.were,self.only = before,layers or sorted(self.placed)
+        self.were,self.only = before,layers or 'all'
         self.before_training()
 
     @rule()

@@ -7,11 +7,14 @@ from conftest import Largest, named
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat, MSELossFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, MSELossFlat
+from fastai.torch_core import TensorImage
+from fastai.vision.augment import Brightness, RandomResizedCropGPU, aug_transforms
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
 from fastai.data.block import CategoryBlock, DataBlock
-from fastai.data.transforms import Normalize
+from fastai.data.transforms import IntToFloatTensor, Normalize
+from fasttransform import Pipeline, Transform
 from fastai.vision.models import resnet18
 from PIL import Image
 from processes import python
@@ -138,6 +141,64 @@ def test_outputs_are_those_of_predict(output, normalize):
         if output == 'probs': torch.testing.assert_close(y, probs.as_subclass(torch.Tensor))
         elif output == 'classes': assert y == label
         else: torch.testing.assert_close(y.softmax(0), probs.as_subclass(torch.Tensor)), y.sum() != 1
+
+@pytest.mark.parametrize('loss', [BCEWithLogitsLossFlat(), BCEWithLogitsLossFlat(thresh=.7), CrossEntropyLossFlat(), FocalLossFlat()], ids=lambda l: type(l).__name__)
+def test_classes_are_decoded_from_what_the_activation_gives(loss):
+    "Logits of 0.1 to 0.7 are probabilities of 0.52 to 0.67, on the other side of a threshold of 0.5"
+    learn, _ = classifier(loss, nn.AdaptiveAvgPool2d(1), nn.Flatten(), normalize=False)
+    x = torch.tensor([[.1, .3, .7], [.2, .9, -.5]])[..., None, None].expand(-1, -1, 6, 5)
+    want = loss.decodes(loss.activation(x[:, :, 0, 0]))
+    assert Deployed(learn, 'classes')(x).equal(want) and (want.dtype != torch.bool or not want.equal(x[:, :, 0, 0] > loss.thresh))
+
+class Log(Transform):
+    order = 95
+    def encodes(self, x:TensorImage): return torch.log1p(x)
+
+@pytest.mark.parametrize('tfms,says', [([Log()], 'transform Log changes'), ([IntToFloatTensor(div=127)], 'transform IntToFloatTensor changes'),
+    (aug_transforms(), None), (aug_transforms(size=24), None), ([RandomResizedCropGPU(24)], None), ([Brightness(.9, 1.)], None)], ids=lambda v: 'x'.join(type(t).__name__ for t in v or []) if isinstance(v, list) else '')
+def test_what_changes_pictures_at_validation_is_no_secret(tfms, says):
+    block = DataBlock((ImageBlock, CategoryBlock), get_x=lambda i: pictures_dls()[1][i], get_y=lambda i: 'abc'[i % 3], batch_tfms=[*tfms, Normalize.from_stats([.2, .3, .4], [.5, .6, .7])])
+    learn = Learner(block.dataloaders(list(range(8)), bs=2, num_workers=0), nn.Conv2d(3, 2, 1), loss_func=CrossEntropyLossFlat())
+    state = torch.get_rng_state()
+    if says:
+        with pytest.raises(ValueError, match=says): Deployed(learn)
+    else: Deployed(learn)
+    assert torch.get_rng_state().equal(state)
+
+def test_pictures_of_one_channel(tmp_path):
+    "Also of a Learner without data"
+    dls, _ = pictures_dls()
+    learn = Learner(dls, nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), loss_func=CrossEntropyLossFlat())
+    learn.dls = dls.new_empty()
+    learn.dls.valid.after_batch = learn.dls.train.after_batch = Pipeline([])
+    extra = {'about.json': ''}
+    to_program(learn, tmp_path/'model.pt2', size=12)
+    torch.export.load(tmp_path/'model.pt2', extra_files=extra)
+    assert json.loads(extra['about.json'])['picture'] == 'float32 (bs, 1, h, w), values 0 to 1'
+
+def test_about_names_what_is_there():
+    learn = wall_finder(small_encoder, 32)
+    about = json.loads(export_module._about(learn, 'probs', torch.rand(1, 3, 8, 8), []))
+    assert about['classes'] == [str(c) for c in learn.dls.train.after_item.vocab] if hasattr(learn.dls.train.after_item, 'vocab') else about['classes'] is not None
+    assert export_module._names([['a', 'b'], ['c', 1]]) == [['a', 'b'], ['c', '1']] and export_module._names(None) is None
+    plain, _ = classifier(nn.CrossEntropyLoss())
+    assert Deployed(plain).output == 'raw' and Deployed(classifier(MSELossFlat())[0]).output == 'raw'
+    with pytest.raises(ValueError, match='has no `decodes`'): Deployed(classifier(MSELossFlat())[0], 'classes')
+
+@pytest.mark.parametrize('name', ['tiled', 'auto'])
+def test_a_file_needs_no_package_whatever_backend_was_asked_for(name, tmp_path):
+    learn, x = attentive((12, 16))
+    with attention_backend(name): program = to_program(learn, size=(12, 16))
+    assert 'fastai_selfattn' not in str(program.graph)
+    with torch.no_grad(): torch.testing.assert_close(program.module()(x), Deployed(learn)(x), atol=1e-5, rtol=1e-4)
+
+class Branch(nn.Module):
+    def forward(self, x): return x if x.mean() > .5 else -x
+
+def test_torchscript_does_not_hide_a_branch(tmp_path):
+    learn, _ = classifier(CrossEntropyLossFlat(), Branch(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), normalize=False)
+    with pytest.raises(ValueError, match='depends on the numbers of a picture'): to_torchscript(learn, tmp_path/'model.pt')
+    assert not list(tmp_path.iterdir())
 
 def test_about(tmp_path):
     learn, _ = classifier(CrossEntropyLossFlat())

@@ -282,3 +282,14 @@ def test_whole_numbers(value, error):
 def test_whole_numbers_name_what_they_count():
     with pytest.raises(ValueError, match='`every` must be 3 or more steps, got 2'): check_whole(3, 'steps', every=2)
     assert check_whole() == []
+
+@pytest.mark.parametrize('in_use', [True, False])
+def test_random_numbers_of_gpus_in_use_are_kept_too(monkeypatch, in_use):
+    "fastai's augmentation draws where the batch is"
+    from contextlib import nullcontext
+    kept = []
+    monkeypatch.setattr(torch.random, 'fork_rng', lambda devices: kept.append(devices) or nullcontext())
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: in_use)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    with random_kept(): pass
+    assert kept == [[0, 1] if in_use else []]

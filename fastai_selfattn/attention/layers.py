@@ -62,6 +62,7 @@ def _check_bool(**args):
 def _gamma(start):
     if isinstance(start, bool) or not isinstance(start, Real):
         raise TypeError(f"`gamma` must be a number, where the layer's gamma starts; got {start!r}")
+    if not math.isfinite(start): raise ValueError(f"`gamma` must be finite, where the layer's gamma starts; got {start!r}")
     return nn.Parameter(torch.tensor([float(start)]))
 
 def _unit(t):

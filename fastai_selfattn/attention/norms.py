@@ -22,6 +22,7 @@ from torch.nn.utils import remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
 
+from .tiles import no_autocast
 from ..quiet import exporting
 
 # %% ../../nbs/api/attention/norms.ipynb #269a4788
@@ -94,10 +95,11 @@ def _power_iteration(weight:Tensor, u:Tensor, v:Tensor, n_iter:int)->None:
     "Turn `u` and `v` into the first singular vectors of the matrix `weight`"
     dt = torch.promote_types(weight.dtype, torch.float32)
     w,new_u,tiny = weight.to(dt),u.to(dt),torch.finfo(dt).tiny
-    for _ in range(n_iter):
-        new_v = w.mT @ new_u
-        new_u = w @ new_v
-        new_u /= torch.linalg.vector_norm(new_u).clamp_min(tiny)     # faster than `F.normalize` of both
+    with no_autocast(w):     # on its squares of singular values half precision would end
+        for _ in range(n_iter):
+            new_v = w.mT @ new_u
+            new_u = w @ new_v
+            new_u /= torch.linalg.vector_norm(new_u).clamp_min(tiny)     # faster than `F.normalize` of both
     u.copy_(new_u)
     v.copy_(F.normalize(new_v, dim=0))
 

@@ -12,7 +12,7 @@ __all__ = ['which_backend', 'Ran', 'attention_backend', 'attend', 'dot_attend', 
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cuda, tiles
-from .tiles import Attend, backward_tiles, forward_tiles, precise, steps
+from .tiles import Attend, backward_tiles, forward_tiles, no_autocast, precise, steps
 from ..quiet import check_whole, exporting
 
 # %% ../../nbs/api/attention/ops.ipynb #252b8ba3
@@ -97,7 +97,8 @@ def _kernel(q, k, v):
 
 def _moved(q, k, scale):
     "What centring the keys takes off the logits of each row, base 2, (bs, nq, 1)"
-    return (q.to(precise(q)) @ tiles.centre(k.to(precise(k))).mT)*(scale*tiles.LOG2E)
+    q,centre = q.to(precise(q)),tiles.centre(k.to(precise(k)))
+    return (q*centre).sum(-1, keepdim=True)*(scale*tiles.LOG2E)     # autocast and TF32 would round a product of matrices
 
 @tiles.attend_op.register_kernel('cuda')
 def _attend_cuda(q, k, v, scale, max_bytes=None):
@@ -121,11 +122,12 @@ def _too_much(q, k):
 
 def _choose(q, k, v):
     "Name of the backend for these tensors, and why"
-    if _backend != 'auto':
+    recording = exporting() or torch.jit.is_tracing()
+    if _backend != 'auto' and not (recording and _backends[_backend] is _tiled):     # which a file cannot hold
         no = cuda.refused(q, k, v, _backend) if _backend in cuda.WIDTHS else _too_much(q, k) if _backend == 'math' else ''
         if no: raise ValueError(f"backend {_backend!r} does not take these tensors: {no}. Use `attention_backend('auto')`")
         return _backend,'asked for by `attention_backend`'
-    if exporting() or torch.jit.is_tracing(): return 'math',RECORDED
+    if recording: return 'math',RECORDED
     name,why = _fastest(q, k, v)
     no = name == 'math' and _too_much(q, k)
     return ('tiled',no) if no else (name,why)
@@ -218,11 +220,6 @@ def _check(**tensors):
     plain = torch.compiler.is_compiling()     # a tensor that is being traced is a subclass too, and has to stay one
     return [t if plain or type(t) is Tensor else t.as_subclass(Tensor) for t in tensors.values()]
 
-def _no_autocast(t)->AbstractContextManager:
-    "Whatever autocast says, numbers are computed as this module says; the meta device knows no autocast"
-    device = t.device.type
-    return torch.autocast(device, enabled=False) if device != 'meta' and torch.is_autocast_enabled(device) else nullcontext()
-
 def attend(
     q:Tensor, # (bs, nq, d) query vectors
     k:Tensor, # (bs, nk, d) key vectors
@@ -239,7 +236,7 @@ def attend(
         for ran in _lists: ran.append(Ran(name, why, str(q.device), v.dtype, *q.shape[:2], k.shape[1], q.shape[2], v.shape[2]))
     compute = _recorded if why is RECORDED else _backends[name]
     if why is RECORDED and not torch.is_autocast_enabled(q.device.type): return compute(q, k, v, float(scale))     # nothing to record
-    with _no_autocast(q): return compute(q, k, v, float(scale))
+    with no_autocast(q): return compute(q, k, v, float(scale))
 
 # %% ../../nbs/api/attention/ops.ipynb #112c4400
 def dot_attend(
@@ -251,7 +248,7 @@ def dot_attend(
     "Attention with weights `scale * q @ k.mT` (no softmax), in the cheaper order of products; `TypeError`/`ValueError` on unfit inputs"
     q,k,v = _check(q=q, k=k, v=v)
     (_,nq,d),(_,nk,dv) = q.shape,v.shape
-    with _no_autocast(q):
+    with no_autocast(q):
         k,w,qs = k.to(precise(k)),v.to(precise(v)),scale*q.to(precise(q))
         by_pixels = nq*nk*(d+dv) < (nq+nk)*d*dv
         qt,kt,wt = (t.transpose(1, 2) for t in (qs,k,w))
@@ -269,7 +266,7 @@ def _check_rows(rows, nq, device):
         raise TypeError(f"`rows` must be whole numbers, got {t.dtype}")
     if t.numel() and not (0 <= t.min() and t.max() < nq):
         raise ValueError(f"`rows` must lie in 0..{nq-1}, the query pixels there are; got {t.tolist()}")
-    return t.to(device, torch.long)
+    return t.to(device, torch.long, non_blocking=True)
 
 def attention_weights(
     q:Tensor, # (bs, nq, d) query vectors
@@ -281,7 +278,7 @@ def attention_weights(
     "Exact rows of `beta`: how much each chosen query pixel attends to every pixel; `TypeError`/`ValueError` on unfit inputs"
     q,k = _check(q=q, k=k)
     rows,dt = _check_rows(rows, q.shape[1], q.device),precise(q)
-    with _no_autocast(q):
+    with no_autocast(q):
         logits = q[:,rows].to(dt)*scale @ k.to(dt).mT
         return logits.softmax(-1) if softmax else logits
 
@@ -326,7 +323,7 @@ def attention_stats(
     own,(q_at,k_at) = _check_rows(own, nk, q.device),(t.to(q.device, dt) for t in (q_at,k_at))
     out = q.new_empty(len(AttentionStats._fields), bs, nq, dtype=dt)
     n_images,rows = max(1, tiles.ROWS*tiles.COLS // max(1, nq*nk)),max(1, tiles.ROWS*tiles.COLS//nk)
-    with _no_autocast(q):
+    with no_autocast(q):
         for qb,kb,outb in steps(0, n_images, q, k, out.transpose(0, 1)):
             kb = kb.to(dt).mT
             for qt,at,i,o in zip(qb.split(rows, 1), q_at.split(rows), own.split(rows), outb.split(rows, 2)):

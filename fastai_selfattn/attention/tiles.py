@@ -9,6 +9,7 @@ __all__ = []
 
 # %% ../../nbs/api/attention/tiles.ipynb #68fe82d4
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,11 @@ def budget(t, max_bytes, blocks):
 
 # %% ../../nbs/api/attention/tiles.ipynb #d5b9d8df
 LOG2E,_SAFE = math.log2(math.e),100.
+
+def no_autocast(t)->AbstractContextManager:
+    "Whatever autocast says, numbers are computed in the precision that they have; the meta device knows no autocast"
+    device = t.device.type
+    return torch.autocast(device, enabled=False) if device != 'meta' and torch.is_autocast_enabled(device) else nullcontext()
 
 def precise(t): return torch.promote_types(t.dtype, torch.float32)
 
@@ -267,8 +273,8 @@ class Attend(Function):
     def backward(ctx, do, _):
         args = *ctx.saved_tensors,do,ctx.scale,ctx.max_bytes
         # A compiled backward pass has no backward pass of its own, and PyTorch 2.14 fails on a `Function` inside another's.
-        grads = grad_op(*args) if torch.compiler.is_compiling() else AttendGrad.apply(*args)
-        return *grads,None,None
+        if torch.compiler.is_compiling(): return *grad_op(*args),None,None
+        with no_autocast(do): return *AttendGrad.apply(*args),None,None     # it is on where gradients are asked for inside of it
 
     @staticmethod
     def vmap(info, in_dims, *args): return _fold(Attend.apply, info, in_dims, args)
@@ -283,7 +289,7 @@ class AttendGrad(Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        dq,dk,dv,ddo = grad_grad(*ctx.saved_tensors, *grads, ctx.scale, ctx.max_bytes)
+        with no_autocast(grads[0]): dq,dk,dv,ddo = grad_grad(*ctx.saved_tensors, *grads, ctx.scale, ctx.max_bytes)
         return dq,dk,dv,None,None,ddo,None,None
 
     @staticmethod

@@ -41,8 +41,6 @@ def seed_all(
     if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(seed)
     if torch.backends.mps.is_available(): torch.mps.manual_seed(seed)
 
-def _cuda(): return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-
 # %% ../../nbs/api/compare/runs.ipynb #7fa942c1
 def _generators(dl):
     found = (getattr(o, 'generator', None) for o in (dl,getattr(dl, 'sampler', None)))
@@ -183,7 +181,7 @@ def undone(
     dls:DataLoaders, # of a user
 )->Iterator[None]:
     "Afterwards random numbers and data go on as if there had been no run"
-    with random_kept(_cuda()), data_kept(dls): yield
+    with random_kept(), data_kept(dls): yield
 
 def build(
     recipe:Recipe,

@@ -152,6 +152,12 @@ def _filled(model, about, given, layer):
     new.load_state_dict(given)
     return new.train(host.training)
 
+def _is_as(layer, about, given):
+    "Whether a layer is one as `about` says, with tensors like those `given`"
+    name = _class_name(type(layer))
+    options = json.loads(json.dumps(_options(layer))) if name in _known() else {}
+    return name == about['class'] and options == about['options'] and _shapes(given) == _shapes(layer.state_dict())
+
 def _site(about):
     "The site of a layer as it was when it was inserted"
     site = about['site']
@@ -171,7 +177,8 @@ def load_attention(
     given = {l['path']:_below(l['path'], tensors) for l in about['layers']}
     _check_same(model, about, fname)
     if there:
-        if any(p not in given or _shapes(given[p]) != _shapes(m.state_dict()) for p,m in there.items()) or len(there) != len(given):
+        said = {l['path']:l for l in about['layers']}
+        if len(there) != len(given) or not all(p in given and _is_as(m, said[p], given[p]) for p,m in there.items()):
             raise ValueError(f"this {type(model).__name__} has other attention inserted, at {', '.join(there)}; {fname} has it at "
                              f"{', '.join(given)}: take it out first, with `remove_attention`")
         with ExitStack() as undo:

@@ -21,14 +21,14 @@ from .optim import inserted_layers, regroup
 
 # %% ../../nbs/api/placement/only.ipynb #b8380957
 class OnlyAttention(Callback):
-    "Train the attention layers at `attention_paths` and nothing else"
+    "Train the attention layers at `attention_paths`, or all where it is None, and nothing else"
     run_after = TrainEvalCallback
     def __init__(self, attention_paths, flags_before): self.attention_paths,self.flags_before = attention_paths,flags_before
 
     def _in_and_out(self):
         "Modules of attention, and all others"
         layers = attention_layers(self.learn)
-        there = [layers[p] for p in self.attention_paths if p in layers]     # some may have been removed
+        there = [l for p,l in layers.items() if self.attention_paths is None or p in self.attention_paths]     # some may have been removed
         chosen = {m for l in there for m in l.modules()}
         return chosen,[m for m in self.learn.model.modules() if m not in chosen]
 
@@ -45,7 +45,8 @@ class OnlyAttention(Callback):
     def before_train(self):     # not `before_fit`: predictions need no attention
         chosen,others = self._in_and_out()
         if not chosen:
-            raise ValueError(f"only the attention at {', '.join(self.attention_paths)} was to be trained, and it is gone: "
+            where = f" at {', '.join(self.attention_paths)}" if self.attention_paths else ''
+            raise ValueError(f"only the attention{where} was to be trained, and it is gone: "
                              "let all else train again, with `learn.train_all()`")
         for m in others:
             if next(m.buffers(recurse=False), None) is not None: m.training = False
@@ -60,7 +61,7 @@ class OnlyAttention(Callback):
 # %% ../../nbs/api/placement/only.ipynb #c0ffa7e8
 def train_attention_only(
     learn:Learner, # with attention layers in its model
-    layers:str|Sequence[str]=None, # names or patterns of layers; all attention layers if None
+    layers:str|Sequence[str]=None, # names or patterns of layers; if None all attention layers, those that are inserted meanwhile too
 ):
     "Freeze all but attention, until `train_all`, and report the trained share; `ValueError` as `choose_layers`"
     chosen = choose_layers(learn, layers)
@@ -74,7 +75,7 @@ def train_attention_only(
             raise ValueError("the optimizer does not know all of the attention: put it in with `learn.insert_attention`, "
                              "or make a new optimizer with `learn.create_opt()`")
         flags = {name:p.requires_grad for name,p in learn.model.named_parameters()}
-        cb = OnlyAttention(list(chosen), flags)
+        cb = OnlyAttention(None if layers is None else list(chosen), flags)     # None: also what is inserted meanwhile
         undo.callback(learn.remove_cb, cb)
         learn.add_cb(cb)
         cb.before_fit()

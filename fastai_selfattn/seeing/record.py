@@ -12,19 +12,19 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import product
-from math import prod
 from numbers import Integral
 
 import numpy as np
 import pandas as pd
 import torch
+from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 
 from ..attention.kinds import choose_layers, gamma_of, has_map, has_vectors, layer_vectors, layer_weights, one_number, pool_of
 from ..attention.ops import AttentionStats, attention_stats, attention_weights
-from ..quiet import check_whole, eagerly, first_tensor, picture_tensors
+from ..quiet import check_whole, eagerly, first_tensor, model_and_learner, picture_tensors
 
 # %% ../../nbs/api/seeing/record.ipynb #02dde7be
 def cells_of(points, image_size, map_size):
@@ -58,8 +58,8 @@ def place_points(points, size, seed):
     if points == 'center': return [tuple(s//2 for s in size)]
     if points == 'grid': return list(dict.fromkeys(product(*([(2*i+1)*s//6 for i in range(3)] for s in size))))
     if isinstance(points, int):
-        if points > prod(size): raise ValueError(f"{points} different points cannot be drawn from {where}")
-        drawn = torch.randperm(prod(size), generator=torch.Generator().manual_seed(seed))[:points]
+        if points > math.prod(size): raise ValueError(f"{points} different points cannot be drawn from {where}")
+        drawn = torch.randperm(math.prod(size), generator=torch.Generator().manual_seed(seed))[:points]
         return list(zip(*(i.tolist() for i in torch.unravel_index(drawn, size))))
     for p in points:
         if len(p) != len(size) or not all(0 <= x < s for x,s in zip(p, size)):
@@ -104,7 +104,7 @@ _seen = {     # what a recorder holds after a forward pass, by layer
 class AttentionRecorder:
     "Context manager that collects what attention does in every layer during a forward pass of `model`, and leaves nothing behind"
     def __init__(self,
-        model:nn.Module, # any model with attention layers of any kind; the one that is called, so the `DataParallel` where there is one
+        model:nn.Module|Learner, # with attention layers of any kind; the one that is called, so the `DataParallel` where there is one
         points:Sequence[tuple[int,int]]|str|int|None='center', # (row, col) in image pixels, 'center', 'grid' (3x3), how many at random
         layers:str|Sequence[str]=None, # names or patterns of layers; all if None
         stats:bool=True, # collect statistics of all query pixels, which takes two to three times as long as attention itself
@@ -115,7 +115,7 @@ class AttentionRecorder:
         head:int=None, # maps and statistics of this head, counted from 0; the mean of the heads if None
     ):
         self._which, = check_whole(0, which=which)
-        self.model,self.points,self.layers = model,check_points(points),choose_layers(model, layers)
+        self.model,self.points,self.layers = model_and_learner(model)[0],check_points(points),choose_layers(model, layers)
         self._points,self._stats,self._vectors,self._seed,self._image_size = self.points,stats,vectors,seed,image_size
         self._stack,self._hooks,self._head,self._found = None,[],head,{field:{} for field in _seen}
         self._check_size()

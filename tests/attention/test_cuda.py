@@ -91,12 +91,12 @@ def kernels(monkeypatch):
 
 LAYOUTS = ['rows', 'channels', 'split channels', 'split rows']
 
-def laid(layout, bs, n, m, d, dv, dtype=torch.float64):
-    if layout == 'rows': t = torch.randn(bs, n, d), torch.randn(bs, m, d), torch.randn(bs, m, dv)
-    elif layout == 'channels': t = torch.randn(bs, d, n).mT, torch.randn(bs, d, m).mT, torch.randn(bs, dv, m).mT
-    elif layout == 'split channels': t = [p.mT for p in torch.randn(bs, 2*d+dv, n).split([d, d, dv], 1)]
-    else: t = torch.randn(bs, n, 2*d+dv).split([d, d, dv], 2)
-    return [p.to(dtype) for p in t]
+def laid(layout, bs, n, m, d, dv, dtype=torch.float64, device='cpu'):
+    def made(*shape): return torch.randn(shape).to(device, dtype)     # whole: a view that is copied is no view any more
+    if layout == 'rows': return [made(bs, n, d), made(bs, m, d), made(bs, m, dv)]
+    if layout == 'channels': return [made(bs, d, n).mT, made(bs, d, m).mT, made(bs, dv, m).mT]
+    if layout == 'split channels': return [p.mT for p in made(bs, 2*d+dv, n).split([d, d, dv], 1)]
+    return [*made(bs, n, 2*d+dv).split([d, d, dv], 2)]
 
 @pytest.mark.parametrize('name,dtype,tol', [('fused', torch.float32, 1e-5), ('fused', torch.float16, 3e-3), ('fused', torch.bfloat16, 2e-2), ('flash', torch.float16, 3e-3), ('flash', torch.bfloat16, 2e-2)], ids=str)
 @pytest.mark.parametrize('layout', LAYOUTS)
@@ -338,19 +338,23 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU: 
 @pytest.mark.parametrize('c', [12, 64, 200, 512])
 @pytest.mark.parametrize('name', ['auto', 'tiled', 'fused', 'flash'])
 def test_on_a_gpu(name, c, layout, dtype, tol):
-    q, k, v = (t.cuda().requires_grad_() for t in laid(layout, 2, 576, 576, max(1, c//8), c, dtype))
+    q, k, v = (t.requires_grad_() for t in laid(layout, 2, 576, 576, max(1, c//8), c, dtype, 'cuda'))
     wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
-    if name in KERNELS and cuda.refused(q, k, v, name): pytest.skip(cuda.refused(q, k, v, name))
-    with attention_backend(name): o = attend(q, k, v, .7)
-    do = torch.randn_like(o)
-    got, want = torch.autograd.grad(o, (q, k, v), do), plain(*wide, .7)
+    no = cuda.refused(q, k, v, name) if name in KERNELS else ''
+    if name == 'fused' and dtype != torch.float32 and torch.cuda.get_device_capability() >= (8, 0): assert not no
+    if no: pytest.skip(no)
+    if (name, dtype) == ('fused', torch.float32): tol = 3e-5     # three products of TF32 for one of float32
+    with attention_backend(name):     # the backward pass too
+        o = attend(q, k, v, .7)
+        do = torch.randn_like(o)
+        got, want = torch.autograd.grad(o, (q, k, v), do), plain(*wide, .7)
     assert o.is_contiguous() and rel(o.double(), want) < tol
     for a, b in zip(got, torch.autograd.grad(want, wide, do.double())): assert rel(a.double(), b) < 3*tol
 
 @pytest.mark.cuda
 @on_gpu
 def test_the_choice_does_not_wait_for_the_gpu():
-    qkv = [t.cuda() for t in laid('channels', 2, 576, 576, 8, 64, torch.float16)]
+    qkv = laid('channels', 2, 576, 576, 8, 64, torch.float16, 'cuda')
     attend(*qkv)
     torch.cuda.set_sync_debug_mode('error')
     try: which_backend(*qkv), attend(*qkv)

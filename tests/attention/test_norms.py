@@ -237,3 +237,17 @@ def test_a_norm_of_pytorch_on_a_conv_of_ours_without_one_is_baked(norm_type):
     fuse_attention(layer)
     torch.testing.assert_close(layer(x), want)
     assert not layer.value[0]._forward_pre_hooks and sorted(n for n, _ in layer.named_parameters()) == ['gamma', 'key.0.weight', 'query.0.weight', 'value.0.weight']
+
+@pytest.mark.parametrize('factor', [1e-4, 1., 300.])
+def test_a_norm_settles_under_autocast_as_without(factor):
+    def made():
+        torch.manual_seed(0)
+        layer = SelfAttention(16, gamma=1.)
+        for name in ('query', 'key', 'value'): getattr(layer, name)[0].weight_orig.data *= factor
+        return layer
+    a, b, x = made(), made(), torch.randn(1, 16, 5, 6)
+    a(x)
+    with torch.autocast('cpu', torch.float16): b(x)
+    for m in ('query', 'key', 'value'):
+        u, v = ([getattr(l, m)[0].weight_u for l in (a, b)], [getattr(l, m)[0].weight_v for l in (a, b)])
+        torch.testing.assert_close(u[0].abs(), u[1].abs(), rtol=2e-2, atol=2e-3), torch.testing.assert_close(v[0].abs(), v[1].abs(), rtol=2e-2, atol=2e-3)

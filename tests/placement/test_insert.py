@@ -298,7 +298,8 @@ def test_mode_of_the_place():
     assert modes == dict(stem={True}, block={False}, down={True}, norm={False}) and model.training and not model.block.training and model.head.training
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU: not run here')
 def test_device_of_the_place():
     model = plain().cuda()
     name, = insert_attention(model, 'stem', size=SIZE)

@@ -9,7 +9,7 @@ from fastai.optimizer import ranger
 from safetensors import safe_open
 from torch import nn
 
-from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SimpleSelfAttention, fuse_attention
+from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention, fuse_attention
 from fastai_selfattn.placement.insert import insert_attention, remove_attention
 from fastai_selfattn.placement.keep import load_attention, save_attention
 from fastai_selfattn.placement.optim import inserted_layers
@@ -71,6 +71,8 @@ def test_into_the_same_model_again(tmp_path, way, with_learner):
     remove_attention(other.model)
     assert list(other.model.state_dict()) == list(net().state_dict())
 
+class Derived(SelfAttention): pass
+
 def test_into_a_model_that_has_the_layers_only_numbers_are_loaded(tmp_path):
     model = net()
     insert_attention(model, ['stem', 'out'], size=(12, 20))
@@ -80,6 +82,14 @@ def test_into_a_model_that_has_the_layers_only_numbers_are_loaded(tmp_path):
     assert load_attention(model, fname) == list(layers) and inserted_layers(model) == layers and torch.equal(model.stem[3].query[0].weight_orig, want)
     remove_attention(model, 'out')
     with pytest.raises(ValueError, match='has other attention inserted, at stem.3; .* it at stem.3, out.*take it out first'): load_attention(model, fname)
+
+@pytest.mark.parametrize('args', [dict(scale=10.), dict(softmax=False), dict(pool=2), dict(heads=3), dict(unit=True), dict(layer=Derived)], ids=str)
+def test_layers_of_other_options_are_other_layers(args, tmp_path):
+    a, b = net(), net()
+    insert_attention(a, 'stem', size=(12, 20), **args), insert_attention(b, 'stem', size=(12, 20))
+    fname, before = save_attention(a, tmp_path/'a.st'), {k: v.clone() for k, v in b.state_dict().items()}
+    with pytest.raises(ValueError, match='has other attention inserted'): load_attention(b, fname)
+    assert all(v.equal(before[k]) for k, v in b.state_dict().items())
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=str)
 def test_in_the_precision_and_mode_of_the_model(tmp_path, dtype):
@@ -304,3 +314,17 @@ def test_channels_last(tmp_path, where, how):
         assert again(x).equal(want) and not swin()(x).allclose(want)
     remove_attention(again)
     with torch.no_grad(): assert again(x).equal(swin()(x))
+
+@pytest.mark.parametrize('layers', [None, 'stem'], ids=str)
+def test_attention_that_is_inserted_meanwhile_trains_where_all_was_meant(layers):
+    learn = learner()
+    learn.insert_attention('stem', gamma=.5)
+    learn.train_attention_only(layers)
+    fit(learn)
+    learn.insert_attention('out', gamma=.5)
+    new, conv = inserted_layers(learn.model)['out'] if 'out' in inserted_layers(learn.model) else [*inserted_layers(learn.model).values()][-1], learn.model.stem[0].weight.clone()
+    fit(learn)
+    assert (new.gamma.item() != .5) == (layers is None) and torch.equal(learn.model.stem[0].weight, conv)
+    learn.train_all()
+    fit(learn)
+    assert new.gamma.item() != .5 and not torch.equal(learn.model.stem[0].weight, conv)

@@ -894,3 +894,12 @@ def test_a_head_that_a_layer_does_not_have():
     before = hooks(model)
     with pytest.raises(ValueError, match='no head 1 in a layer with 1, counted from 0'), AttentionRecorder(model, head=1): model(images())
     assert hooks(model) == before
+
+def test_a_learner_is_recorded_by_its_model_and_left_without_hooks():
+    from fastai.learner import Learner
+    from fastai.data.core import DataLoaders
+    model, x = net(), torch.randn(2, 3, 12, 20)
+    learn, before = Learner(DataLoaders([], []), model, loss_func=F.mse_loss), hooks(model)
+    with AttentionRecorder(learn) as rec: model(x)
+    assert rec.model is model and [*rec.maps] and hooks(model) == before
+    with pytest.raises(TypeError, match='an nn.Module or a Learner, got int'): AttentionRecorder(3)
