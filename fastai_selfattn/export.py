@@ -21,9 +21,9 @@ import torch
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.layers import ToTensorBase
 from fastai.learner import Learner
+from fastai.losses import BaseLoss
 from fastai.torch_core import TensorImage
 from fastcore.basics import nested_attr
-from fastcore.imports import noops
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -45,7 +45,7 @@ _outputs = 'probs','classes','raw'
 def _of_loss(loss_func, name):
     "What a loss makes of outputs; None if it is none of fastai's, or leaves them as they are"
     f = getattr(loss_func, name, None)
-    return None if f is noops or getattr(f, '__func__', None) is noops else f
+    return None if getattr(f, '__func__', f) is getattr(BaseLoss, name) else f
 
 def _channels(learn):
     "Channels of its pictures, by its data or else its first conv"
@@ -179,7 +179,7 @@ def to_torchscript(
     with whole_file(fname) as new, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')     # that tracing is deprecated, and that sizes become constants
         traced = torch.jit.trace(model, x)
-        for other in (torch.zeros_like(x), torch.ones_like(x)):
+        for other in (x/8, 1-x/8):     # dark, and bright
             if not torch.allclose(traced(other), model(other), rtol=1e-3, atol=1e-4, equal_nan=True):
                 raise ValueError("what this model computes depends on the numbers of a picture in a way that TorchScript does not record, "
                                  "such as an `if`: write it without, with `torch.where` say")

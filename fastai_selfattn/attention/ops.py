@@ -190,7 +190,7 @@ def attention_backend(
 )->Iterator[list[Ran]]: # gets a `Ran` for each call of `attend`; nothing from inside compiled code
     "`attend` computes with backend `name` inside the `with` block; `ValueError` on another name or too few bytes"
     global _backend,_max_bytes
-    if name != 'auto' and name not in _backends:
+    if not isinstance(name, str) or name != 'auto' and name not in _backends:
         raise ValueError(f"`name` must be one of {', '.join(('auto', *_backends))}; got {name!r}")
     _check_bytes(max_bytes, name)
     before,_backend,_max_bytes = (_backend,_max_bytes),name,max_bytes

@@ -10,7 +10,7 @@ __all__ = ['ReceptiveField', 'receptive_field']
 # %% ../../nbs/api/seeing/field.ipynb #9a708015
 from collections.abc import Sequence
 from contextlib import contextmanager
-from numbers import Integral
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -100,6 +100,8 @@ def receptive_field(
     "The effective receptive field of an output pixel (arXiv 1701.04128), in eval mode; changes nothing; `ValueError`, `TypeError` if unfit"
     check_type(nn.Module, 'an nn.Module', model=model)
     check_type((str,type(None)), 'the path of a module', module=module)
+    check_type((Integral,type(None)), 'a whole number', channel=channel)
+    check_type(Real, 'a number', share=share)
     paths = dict(bare_model(model).named_modules())
     if module and module not in paths:
         hint = did_you_mean(module, paths) or ' Its `named_modules()` are those to choose from.'

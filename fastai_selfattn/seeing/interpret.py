@@ -26,7 +26,7 @@ from .pictures import numbered_pictures
 from .scale import attention_bar
 from .record import AttentionRecorder
 from ..attention.kinds import attention_off
-from ..quiet import InPrecision, check_positive, check_whole, eval_mode, first_batches, inputs_of, n_rows, random_kept, rows
+from ..quiet import InPrecision, check_positive, check_type, check_whole, eval_mode, first_batches, inputs_of, n_rows, random_kept, rows
 
 # %% ../../nbs/api/seeing/interpret.ipynb #90612173
 class _Collect(Callback):
@@ -107,6 +107,10 @@ class AttentionInterpretation:
         which:int=0, # of several pictures that the model takes at once, the one to look at
     ):
         "Go through the pictures twice, with attention and without; what the model and the Learner are is left as it was"
+        check_type(Learner, 'a Learner', learn=learn)
+        ds_idx, = check_whole(0, ds_idx=ds_idx)
+        if dl is None and ds_idx >= len(learn.dls.loaders):
+            raise ValueError(f"`ds_idx` must be below {len(learn.dls.loaders)}, the number of loaders of this Learner, got {ds_idx}")
         with random_kept():
             dl = _in_order(learn.dls[ds_idx] if dl is None else dl)
             _check_labels(learn, dl)
@@ -132,7 +136,7 @@ def top(self:AttentionInterpretation,
     largest:bool=True, # False for the other end
 )->pd.DataFrame: # a row a picture; `picture` is its index in the data set
     "Pictures in the order of what attention does in them; `ValueError` for another `by` or `layer`"
-    if by not in _orders: raise ValueError(f"`by` must be one of {', '.join(_orders)}; got {by!r}")
+    if not isinstance(by, str) or by not in _orders: raise ValueError(f"`by` must be one of {', '.join(_orders)}; got {by!r}")
     if k is not None: k, = check_whole(k=k)
     names = list(self.df.layer.unique())
     layer = names[0] if layer is None else layer

@@ -13,6 +13,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
@@ -180,6 +181,8 @@ def pictures(
     if isinstance(items, (str,Path,Image.Image)): items = [items]
     if items is not None and not (hasattr(items, '__len__') and hasattr(items, '__getitem__')):
         raise TypeError(f"`items` must be pictures, such as a list of file names, or what the model takes, got {type(items).__name__}")
+    if isinstance(items, np.ndarray) and items.ndim > 1:
+        raise TypeError(f"`items` must be pictures, a list of arrays, or tensors as the model takes them, got an array {items.shape}")
     if len(dls.loaders) < 2:
         raise ValueError("these DataLoaders have no validation set, and its pipeline prepares the pictures: give the Learner one")
     with random_kept(): shown,batches,n_inp,dl = _batches(dls, items, max_n)

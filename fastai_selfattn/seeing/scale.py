@@ -9,6 +9,7 @@ __all__ = []
 
 # %% ../../nbs/api/seeing/scale.ipynb #b859e523
 import math
+from numbers import Real
 
 import numpy as np
 import torch
@@ -53,7 +54,8 @@ def strong(m):
 
 def tops_of(maps, scale):
     "The top of the colour scale of each picture in each layer, and the strongest weight on that scale"
-    if not (scale in ('picture','layer','all') if isinstance(scale, str) else scale > 0):
+    is_number = isinstance(scale, Real) and not isinstance(scale, bool)
+    if scale not in ('picture','layer','all') and not (is_number and 0 < scale < math.inf):
         raise ValueError(f"`scale` must be 'picture', 'layer', 'all' or a number above 0, got {scale!r}")
     rows = {(k,name):m[k:k+1] for name,m in maps.items() for k in range(len(m))}
     if scale == 'picture': return {row:(max(2., strong(m)), strongest(m)) for row,m in rows.items()}
