@@ -509,6 +509,7 @@ class Endurance(RuleBasedStateMachine):
     def train_only(self, data):
         layers = data.draw(st.one_of(st.none(), st.lists(st.sampled_from(sorted(self.placed)), min_size=1, max_size=2, unique=True)))
         before = self.flags if not self.only else {n:self.were.get(n, True) for n in self.flags}
+        if self.only: self.away = {n:self.were.get(n, f) for n,f in self.away.items()}     # the call before is undone first
         quietly(self.learn.train_attention_only, layers)
         self.did('train_attention_only')
         self.were,self.only = before,layers or 'all'
