@@ -232,8 +232,6 @@ def attention_explorer(
     head = None if head is None else check_whole(0, head=head)[0]
     p = pictures(learn, items, max_n, which)
     shown,off,shares,without = zip(*(_model(m, l, p, layers, learn.loss_func) for l,m in models.items()))
-    most = max(layer['heads'] for m in shown for layer in m['layers'])
-    if head is not None and head >= most: raise ValueError(f"`head` must be below {most}, the heads of the layers here, got {head}")
     sizes = [tuple(x.shape[-2:]) for part in p.parts() for x in part.x]
     views = [dict(name=name, h=h, w=w, shape=s, src=_data_uri(im, s)) for name,(h,w),im,s in zip(p.names, sizes, p.images, p.shapes)]
     exact = _exact.format(off=max(off), share=max(shares), seen=', '.join(dict.fromkeys(f'{h}×{w}' for h,w in sizes)))

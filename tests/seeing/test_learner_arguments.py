@@ -1,11 +1,8 @@
 "What is no argument of the tools to look with is said at once"
 import numpy as np
 import pytest, torch
-from fastai.learner import Learner
-from conftest import named
 from fastai_selfattn.attention.ops import attention_backend
 from fastai_selfattn.files import whole_file
-from fastai_selfattn.seeing.explorer import attention_explorer
 from fastai_selfattn.seeing.field import receptive_field
 from fastai_selfattn.seeing.interpret import AttentionInterpretation
 from fastai_selfattn.walls.swatches import swatch_dls, swatch_learner
@@ -20,8 +17,8 @@ def learn(): return swatch_learner(swatch_dls(n=20))
     (lambda l, p: receptive_field(l.model, torch.rand(1, 5, 40, 40), channel=1.5), TypeError, '`channel` must be a whole number'),
     (lambda l, p: receptive_field(l.model, torch.rand(1, 5, 40, 40), share='a'), TypeError, '`share` must be a number'),
     (lambda l, p: AttentionInterpretation.from_learner(l.model), TypeError, '`learn` must be a Learner'), (lambda l, p: AttentionInterpretation.from_learner(l, ds_idx=7), ValueError, '`ds_idx` must be below 2'),
-    (lambda l, p: attention_explorer(l, fname=p/'a.html', head=5), ValueError, '`head` must be below 1'), (lambda l, p: attention_backend(['x']).__enter__(), ValueError, '`name` must be one of'),
-    (lambda l, p: whole_file(p).__enter__(), IsADirectoryError, 'give the name of a file in it')], ids=range(11))
+    (lambda l, p: attention_backend(['x']).__enter__(), ValueError, '`name` must be one of'),
+    (lambda l, p: whole_file(p).__enter__(), IsADirectoryError, 'give the name of a file in it')], ids=range(10))
 def test_what_is_no_argument_is_said(look, error, says, learn, tmp_path):
     with pytest.raises(error, match=says): look(learn, tmp_path)
     assert not list(tmp_path.iterdir())
