@@ -57,11 +57,11 @@ def _batch_tfms(learn): return getattr(getattr(learn.dls, 'after_batch', None), 
 
 def _check_transforms(learn):
     "`ValueError` if a transform of batches changes the numbers of a picture at validation, and is not what a file contains"
+    given = torch.arange(480).mul(97).remainder(256).byte().view(1, 1, 24, 20).expand(-1, _channels(learn), -1, -1)
+    given = given.to(getattr(learn.dls, 'device', None))
+    want = given/255
     for t in _batch_tfms(learn):
         if isinstance(t, Normalize): continue
-        given = torch.arange(480).mul(97).remainder(256).byte().view(1, 1, 24, 20).expand(-1, _channels(learn), -1, -1)
-        given = given.to(getattr(learn.dls, 'device', None))
-        want = given/255
         with random_kept(), torch.no_grad():
             try: got = t(TensorImage(given if isinstance(t, IntToFloatTensor) else want), split_idx=1)
             except Exception: continue     # it asks for more than a picture

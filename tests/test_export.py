@@ -11,7 +11,7 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLoss
 from fastai.torch_core import TensorImage
 from fastai.vision.augment import Brightness, RandomResizedCropGPU, aug_transforms
 from fastai.vision.core import PILImage
-from fastai.vision.data import ImageBlock
+from fastai.vision.data import ImageBlock, MaskBlock
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from fasttransform import Pipeline, Transform
@@ -177,9 +177,11 @@ def test_pictures_of_one_channel(tmp_path):
     assert json.loads(extra['about.json'])['picture'] == 'float32 (bs, 1, h, w), values 0 to 1'
 
 def test_about_names_what_is_there():
-    learn = wall_finder(small_encoder, 32)
-    about = json.loads(export_module._about(learn, 'probs', torch.rand(1, 3, 8, 8), []))
-    assert about['classes'] == [str(c) for c in learn.dls.train.after_item.vocab] if hasattr(learn.dls.train.after_item, 'vocab') else about['classes'] is not None
+    "The classes of masks stand elsewhere than those of labels"
+    _, ims = pictures_dls()
+    block = DataBlock((ImageBlock, MaskBlock(['floor', 'wall'])), get_x=lambda i: ims[i], get_y=lambda i: np.zeros((20, 24), np.uint8))
+    learn = Learner(block.dataloaders(list(range(8)), bs=2, num_workers=0), nn.Conv2d(3, 2, 1), loss_func=CrossEntropyLossFlat(axis=1))
+    assert json.loads(export_module._about(learn, 'probs', torch.rand(1, 3, 8, 9), []))['classes'] == ['floor', 'wall']
     assert export_module._names([['a', 'b'], ['c', 1]]) == [['a', 'b'], ['c', '1']] and export_module._names(None) is None
     plain, _ = classifier(nn.CrossEntropyLoss())
     assert Deployed(plain).output == 'raw' and Deployed(classifier(MSELossFlat())[0]).output == 'raw'

@@ -2,6 +2,7 @@
 import copy
 import math
 import random
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -286,7 +287,6 @@ def test_whole_numbers_name_what_they_count():
 @pytest.mark.parametrize('in_use', [True, False])
 def test_random_numbers_of_gpus_in_use_are_kept_too(monkeypatch, in_use):
     "fastai's augmentation draws where the batch is"
-    from contextlib import nullcontext
     kept = []
     monkeypatch.setattr(torch.random, 'fork_rng', lambda devices: kept.append(devices) or nullcontext())
     monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: in_use)

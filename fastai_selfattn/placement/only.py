@@ -45,8 +45,8 @@ class OnlyAttention(Callback):
     def before_train(self):     # not `before_fit`: predictions need no attention
         chosen,others = self._in_and_out()
         if not chosen:
-            where = f" at {', '.join(self.attention_paths)}" if self.attention_paths else ''
-            raise ValueError(f"only the attention{where} was to be trained, and it is gone: "
+            at = f" at {', '.join(self.attention_paths)}" if self.attention_paths else ''
+            raise ValueError(f"only the attention{at} was to be trained, and it is gone: "
                              "let all else train again, with `learn.train_all()`")
         for m in others:
             if next(m.buffers(recurse=False), None) is not None: m.training = False

@@ -143,6 +143,14 @@ def test_wide_values_whole_or_not():
     assert '(WIDTHS): yes. fused 128 takes 0.80 of the time of fused on 2 maps' in gpu_answers(df)[1]
     assert '(WIDTHS): no answer' in gpu_answers(table(narrow, c=128))[1]
 
+@pytest.mark.parametrize('fused,fastai,want', [(1e-5, 6e-6, 'yes'), (1.3e-5, 6e-6, 'no'), (9e-7, 1e-7, 'yes'), (1e-5, np.nan, 'no')])
+def test_the_kernel_in_float32_may_err_as_much_as_fastais_formula(fused, fastai, want):
+    "Tiles centre the keys, and err by less than both"
+    errors = {'fused': fused, 'fastai': fastai, 'tiled 2048x2048': 5e-7}
+    rows = [row(way, 'float32', 64, ms) for way, ms in (('fused', .5), ('tiled 2048x2048', 1.))]
+    rows += [row(way, 'float32', 576, np.nan, kind='error', **dict.fromkeys(ERRORS, e)) for way, e in errors.items()]
+    assert f'The memory-efficient kernel in float32: {want}. fused takes 0.50' in gpu_answers(pd.DataFrame(rows))[4]
+
 @pytest.mark.parametrize('plain,want', [
     ({64: .5, 256: .8, 1024: 2.}, 'up to n = 256. There plain takes 0.63'), ({64: .5, 256: 1., 1024: .5}, 'up to n = 64. There'), ({64: .5, 256: .5, 1024: .5}, 'up to n = 1,024. There'),
     ({64: 1.5, 256: .5, 1024: .5}, 'no. On the smallest maps plain takes 1.50 of the time of ours on 2 maps'), ({}, 'no answer')])

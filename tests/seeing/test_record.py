@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import Largest, named
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
 from fastai.torch_core import TensorImage
 from fastai.vision.models import resnet18
 from hypothesis import given, settings, strategies as st
@@ -896,8 +898,6 @@ def test_a_head_that_a_layer_does_not_have():
     assert hooks(model) == before
 
 def test_a_learner_is_recorded_by_its_model_and_left_without_hooks():
-    from fastai.learner import Learner
-    from fastai.data.core import DataLoaders
     model, x = net(), torch.randn(2, 3, 12, 20)
     learn, before = Learner(DataLoaders([], []), model, loss_func=F.mse_loss), hooks(model)
     with AttentionRecorder(learn) as rec: model(x)
