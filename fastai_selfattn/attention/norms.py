@@ -255,18 +255,19 @@ def next_weight(conv):
     if isinstance(conv, _Conv): conv.step()
     return conv.weight
 
+def _is_watched(m): return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in vars(m)
+
 def is_plain(layer):
     "Whether `layer` is a `ConvLayer` of nothing but a 1x1 conv of ours, without a bias, and nobody changes or watches its calls"
     conv = layer[0] if type(layer) is ConvLayer and len(layer) == 1 else None
     if type(conv) not in _all or not conv.is_matrix(): return False
-    return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in vars(m)
-                   for m in (layer,conv))
+    return not (_is_watched(layer) or _is_watched(conv))
 
 def mix_at_once(layers, x):
     "What each of `layers` makes of the pixels `x`, (bs, c, n), from one product with all weights; None if they must be called"
     if _has_any_global_hook() or not all(map(is_plain, layers)): return None
     weights = [next_weight(conv).flatten(1) for conv, in layers]
-    return mix(torch.cat(weights), x).split([len(w) for w in weights], 1)
+    return mix(torch.cat(weights), x).split_with_sizes([len(w) for w in weights], 1)
 
 # %% ../../nbs/api/attention/norms.ipynb #c5c134a9
 @torch.no_grad()

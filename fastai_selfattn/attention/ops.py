@@ -29,8 +29,9 @@ def _math(q, k, v, scale):
     dt = precise(v)
     q,k,w = (t.to(dt) for t in (q,k,v))
     if scale != 1: q = scale*q
-    if w.stride(-1) == 1: return ((q@k.transpose(1, 2)).softmax(-1) @ w).to(v.dtype)     # the older ONNX exporter has no `mT`
-    return (w.transpose(1, 2) @ (k@q.transpose(1, 2)).softmax(1)).transpose(1, 2).to(v.dtype)
+    # `@` first finds out how many dimensions there are, which a small map feels, there and back; the older ONNX exporter has no `mT`
+    if w.stride(-1) == 1: return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), w).to(v.dtype)
+    return torch.bmm(w.transpose(1, 2), torch.bmm(k, q.transpose(1, 2)).softmax(1)).transpose(1, 2).to(v.dtype)
 
 def _tiled(q, k, v, scale):
     if torch.compiler.is_compiling(): return Attend.apply(q, k, v, scale, _max_bytes)[0]

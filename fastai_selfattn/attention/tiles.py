@@ -10,6 +10,7 @@ __all__ = []
 # %% ../../nbs/api/attention/tiles.ipynb #68fe82d4
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -122,10 +123,13 @@ def _with_channel(t, one):
 
 def _with_ones(t): return _with_channel(t, t.new_ones(1, 1, 1).expand(*t.shape[:2], 1))
 
+def _block(flat):
+    "A function that gives the beginning of the tensor `flat` a shape (bs, rows, cols); each such view is made once"
+    return cache(lambda *shape: flat[:math.prod(shape)].view(shape))
+
 def _product(a, b, block):
-    "`a @ b` in the memory of the flat tensor `block`"
-    shape = *a.shape[:2],b.shape[2]
-    return torch.bmm(a, b, out=block[:math.prod(shape)].view(shape))
+    "`a @ b` in the memory of `block`"
+    return torch.bmm(a, b, out=block(*a.shape[:2], b.shape[2]))
 
 def _accumulate(acc, a, b, first):
     "`a @ b` into `acc`, over what is there if `first`, else on top of it"
@@ -140,7 +144,7 @@ def _tell(share):
 
 def _largest(keys, qt, block):
     "The largest logit of each column, over all key tiles"
-    largest = [_product(_shared(kt, len(qt)), qt, block).amax(1, keepdim=True) for kt,_ in keys]
+    largest = [_product(kt, qt, block).amax(1, keepdim=True) for kt,_ in keys]
     return torch.stack(largest).amax(0)
 
 def forward_tiles(q, k, v, scale, max_bytes=None):
@@ -150,21 +154,23 @@ def forward_tiles(q, k, v, scale, max_bytes=None):
     lse = q.new_empty(bs, nq, 1)
     safe = _safe_rows(q, k, v) if on_cpu(q) else lse     # elsewhere not looked at
     tb,n_tiles,tr,tc = size = tile(bs, nq, k.shape[1], most(q), budget(q, max_bytes, 1), _threads(q))
-    block = q.new_empty(math.prod(size))     # the memory of every tile, one after the other
+    block = _block(q.new_empty(math.prod(size)))     # the memory of every tile, one after the other
     n_done = 0
     for qb,kb,vb,ob,lseb,safeb in steps(0, tb, q, k, v, o, lse, safe):     # b: some images
-        keys = [(_packed(kt),_with_ones(vt).mT) for kt,vt in steps(1, tc, kb, vb)]     # t: of a tile
+        packed = [(_packed(kt),_with_ones(vt).mT) for kt,vt in steps(1, tc, kb, vb)]     # t: of a tile
+        keys_for = cache(lambda n_here: [(_shared(kt, n_here),_shared(vt, n_here)) for kt,vt in packed])     # not again at each step
         for start,n,n_here in _cuts(nq, n_tiles, tr):
+            keys = keys_for(n_here)
             qt,ot,lset = (_cut(t, start, n, n_here).mT for t in (qb,ob,lseb))
             qt,top = _packed(qt),None
             if not (on_cpu(q) and safeb[:, start:start+n].all()):     # a first walk; to ask, a GPU would have to wait
                 top = _largest(keys, qt, block)
             acc = qt.new_empty(len(qt), v.shape[2]+1, qt.shape[2])     # `ot` may have gaps: sum beside it
             for i,(kt,vt) in enumerate(keys):
-                p = _product(_shared(kt, n_here), qt, block)
+                p = _product(kt, qt, block)
                 if top is not None: p.sub_(top)
                 if top is not None and on_cpu(q): flush(p)
-                _accumulate(acc, _shared(vt, n_here), p.exp2_(), i==0)
+                _accumulate(acc, vt, p.exp2_(), i==0)
             total = acc[:,-1:]     # of the weights, from the channel of ones
             torch.div(acc[:,:-1], total, out=ot)
             torch.log2(total, out=lset)
@@ -193,24 +199,28 @@ def backward_tiles(q, k, v, o, lse, do, scale, max_bytes=None):
     dq,dk = _columns_like(q).zero_(),_columns_like(k)
     deep = _length(q)*_length(k).amax(1, keepdim=True) + lse > _SAFE if on_cpu(q) else lse     # rows with weights too small to count
     tb,n_tiles,tr,tc = size = tile(bs, nk, nq, most(q), budget(q, max_bytes, 2), _threads(q))
-    block_p,block_ds = q.new_empty(2, math.prod(size))
+    block_p,block_ds = map(_block, q.new_empty(2, math.prod(size)))
     for qb,lseb,dob,deltab,dqb,deepb,kb,vb,dkb,dvb in steps(0, tb, q, lse, do, delta, dq, deep, k, v, dk, dv):
-        queries = [(_with_channel(qt, -lset),_with_channel(dot, -deltat),dqt.mT,on_cpu(q) and deept.any())
-                   for qt,lset,dot,deltat,dqt,deept in steps(1, tc, qb, lseb, dob, deltab, dqb, deepb)]
+        packed = [(_with_channel(qt, -lset),_with_channel(dot, -deltat),dqt.mT,on_cpu(q) and deept.any())
+                  for qt,lset,dot,deltat,dqt,deept in steps(1, tc, qb, lseb, dob, deltab, dqb, deepb)]
+        @cache     # not again at each step
+        def queries_for(n_here):
+            shared = [(_shared(qt, n_here),_shared(dot, n_here),rest) for qt,dot,*rest in packed]
+            return [(qt,qt[...,:-1].mT,dot,dot[...,:-1].mT,*rest) for qt,dot,rest in shared]
         for start,n,n_here in _cuts(nk, n_tiles, tr):
             kt,vt,dkt,dvt = (_cut(t, start, n, n_here) for t in (kb,vb,dkb,dvb))
             kt,vt = _with_ones(kt).mT,_with_ones(vt).mT
+            bare_kt = kt[:,:-1]
             dk_acc,dv_acc = (_columns_like(t).mT for t in (dkt,dvt))
-            for i,(qt,dot,dqt,is_deep) in enumerate(queries):
-                qt,dot = _shared(qt, n_here),_shared(dot, n_here)
+            for i,(qt,bare_qt,dot,bare_dot,dqt,is_deep) in enumerate(queries_for(n_here)):
                 p = _product(qt, kt, block_p)     # the log of `beta`
                 if is_deep: flush(p)
                 p.exp2_()
                 ds = _product(dot, vt, block_ds).mul_(p)     # dS = P * (dP - delta)
-                _accumulate(dv_acc, dot[...,:-1].mT, p, i==0)
-                _accumulate(dk_acc, qt[...,:-1].mT, ds, i==0)
-                if n_here == 1: dqt.baddbmm_(kt[:,:-1], ds.mT)     # centred keys will do: over all keys, `ds` sums to 0
-                else: dqt.add_((kt[:,:-1] @ ds.mT).sum(0))
+                _accumulate(dv_acc, bare_dot, p, i==0)
+                _accumulate(dk_acc, bare_qt, ds, i==0)
+                if n_here == 1: dqt.baddbmm_(bare_kt, ds.mT)     # centred keys will do: over all keys, `ds` sums to 0
+                else: dqt.add_(torch.bmm(bare_kt, ds.mT).sum(0))
             dkt.copy_(dk_acc.mT),dvt.copy_(dv_acc.mT)
     dq.mul_(scale),dk.div_(LOG2E)     # `q` came times scale * log2 e: `dq` lacks the scale, `dk` has log2 e too much
     if not on_cpu(q): dq,dk = dq.contiguous(),dk.contiguous()     # as PyTorch's kernels give them
