@@ -11,8 +11,8 @@ __all__ = ['Deployed', 'to_program', 'to_onnx', 'to_torchscript']
 import json
 import os
 import warnings
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -32,6 +32,13 @@ from .attention.norms import bake, normed
 from .files import whole_file
 from .quiet import bare_model, check_type, check_whole, one_batch, random_kept
 
+# %% ../nbs/api/export.ipynb #3c5e90d1
+def picture_channels(learn):
+    "Channels of its pictures, by its data or else its first conv"
+    batch = one_batch(learn.dls)
+    if batch: return batch[0][0].shape[1]
+    return next((m.in_channels for m in bare_model(learn.model).modules() if isinstance(m, nn.Conv2d)), 3)
+
 # %% ../nbs/api/export.ipynb #764cd3dd
 def _without_tensor_base(model):
     "Replace what makes `TensorBase`s into tensors, in place"
@@ -47,17 +54,11 @@ def _of_loss(loss_func, name):
     f = getattr(loss_func, name, None)
     return None if getattr(f, '__func__', f) is getattr(BaseLoss, name) else f
 
-def _channels(learn):
-    "Channels of its pictures, by its data or else its first conv"
-    batch = one_batch(learn.dls)
-    if batch: return batch[0][0].shape[1]
-    return next((m.in_channels for m in bare_model(learn.model).modules() if isinstance(m, nn.Conv2d)), 3)
-
 def _batch_tfms(learn): return getattr(getattr(learn.dls, 'after_batch', None), 'fs', ())     # of a `Pipeline`, in fastai's loaders
 
 def _check_transforms(learn):
     "`ValueError` if a transform of batches changes the numbers of a picture at validation, and is not what a file contains"
-    given = torch.arange(480).mul(97).remainder(256).byte().view(1, 1, 24, 20).expand(-1, _channels(learn), -1, -1)
+    given = torch.arange(480).mul(97).remainder(256).byte().view(1, 1, 24, 20).expand(-1, picture_channels(learn), -1, -1)
     given = given.to(getattr(learn.dls, 'device', None))
     want = given/255
     for t in _batch_tfms(learn):
@@ -98,6 +99,8 @@ class Deployed(nn.Module):
     def forward(self, x):
         if self.mean is not None: x = (x - self.mean)/self.std
         y = self.model(x)
+        if not isinstance(y, Tensor):
+            raise ValueError(f"only a model with one output, a tensor, can be exported; this one's is a {type(y).__name__}")
         for f in self.finish: y = f(y)
         return y
 
@@ -113,7 +116,26 @@ def _example(
     sides = tuple(size) if isinstance(size, Iterable) else (size,size)
     if len(sides) != 2: raise ValueError(f"`size` must be one side or (h, w), got {size!r}")
     h,w = (check_whole(1, 'pixels', size=side)[0] for side in sides)
-    return torch.rand(2, _channels(learn), h, w, generator=torch.Generator().manual_seed(0))
+    return torch.rand(2, picture_channels(learn), h, w, generator=torch.Generator().manual_seed(0))
+
+def _tried(learn, size, output):
+    "What to record, and pictures that it takes: an error of the model's own comes before a recorder sees it"
+    model,x = Deployed(learn, output),_example(learn, size)
+    with torch.no_grad(), random_kept(): model(x)
+    return model,x
+
+@contextmanager
+def _recording(
+    form:str, # of the file, as a reader knows it
+)->Iterator[None]:
+    "Whatever PyTorch raises while it records a model, of many kinds and long, as a `ValueError` of one sentence"
+    try: yield
+    except (OSError,MemoryError): raise     # of the disk and the machine, not of the model
+    except Exception as e:
+        said = str(e).strip().split('\n')[0]
+        raise ValueError(f"PyTorch cannot record this model as {form} ({type(e).__name__}: {said}): "
+                         "what it computes may depend on the shape of a picture, not on its numbers, "
+                         "and must be PyTorch's own operations") from e
 
 def _names(vocab):
     "Names of classes, those of each target where there are several"
@@ -139,12 +161,16 @@ def to_program(
 )->ExportedProgram: # RGB pictures (bs, c, h, w), values 0 to 1, to predictions
     "Record a trained model as a program of PyTorch's operators; `ValueError`/`TypeError` for a Learner that cannot be"
     check_type(bool, 'True or False', dynamic=dynamic)
-    model,x = Deployed(learn, output),_example(learn, size)
+    model,x = _tried(learn, size, output)
     sides = {2:Dim.AUTO, 3:Dim.AUTO} if dynamic else {}
-    with nullcontext() if fname is None else whole_file(fname) as new:
+    with nullcontext() if fname is None else whole_file(fname) as new, _recording('a program'):
         program = torch.export.export(model, (x,), dynamic_shapes=({0:Dim.AUTO, **sides},))
-        if new: torch.export.save(program, new, extra_files={'about.json':_about(learn, model.output, x, _dynamic(program))})
+        if new: _save(program, new, _about(learn, model.output, x, _dynamic(program)))
     return program
+
+def _save(program, file, about):
+    with open(file, 'wb') as f:     # not by its name: PyTorch warns of one without .pt2
+        torch.export.save(program, f, extra_files={'about.json':about})
 
 def _dynamic(program):
     "The names of those sides of the picture that a program leaves open"
@@ -162,7 +188,8 @@ def to_onnx(
     "Write a trained model as ONNX, what `about.json` is elsewhere in its metadata; `ValueError`/`TypeError` as `to_program`"
     with whole_file(fname) as new:
         program = to_program(learn, None, size, output, dynamic)
-        model = torch.onnx.export(program, input_names=['picture'], output_names=['prediction'], dynamo=True, verbose=False)
+        with _recording('ONNX'):
+            model = torch.onnx.export(program, input_names=['picture'], output_names=['prediction'], dynamo=True, verbose=False)
         model.model.metadata_props['about'] = _about(learn, Deployed(learn, output).output, _example(learn, size), _dynamic(program))
         model.save(new)
     return Path(fname)
@@ -175,10 +202,10 @@ def to_torchscript(
     output:str='probs', # 'probs' as the loss's `activation` makes them, 'classes' as its `decodes` does, or 'raw'
 )->Path: # `fname`
     "Write a trained model as TorchScript, for pictures of one size; `ValueError`/`TypeError` as `to_program`"
-    model,x = Deployed(learn, output),_example(learn, size)
+    model,x = _tried(learn, size, output)
     with whole_file(fname) as new, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')     # that tracing is deprecated, and that sizes become constants
-        traced = torch.jit.trace(model, x)
+        with _recording('TorchScript'): traced = torch.jit.trace(model, x)
         for other in (x/8, 1-x/8):     # dark, and bright
             if not torch.allclose(traced(other), model(other), rtol=1e-3, atol=1e-4, equal_nan=True):
                 raise ValueError("what this model computes depends on the numbers of a picture in a way that TorchScript does not record, "

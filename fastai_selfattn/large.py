@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .attention import tiles
 from .attention.kinds import attention_layers
 from .attention.ops import attention_backend
-from .export import Deployed
+from .export import Deployed, picture_channels
 from .quiet import check_type, check_whole, tensors
 
 # %% ../nbs/api/large.ipynb #26a1378f
@@ -164,7 +164,12 @@ def _fit(look, model, size, channels, held, max_bytes):
     "Width of windows, a multiple of the unit, and bytes for tiles that fit beside `held` bytes; `ValueError` if none does"
     cells = {name: math.prod(size)//s**2 for name,s in look.strides.items()}
     maps = held + sum(4*c*cells[name] for name,c in look.channels.items())
-    def attending(name): return _bytes_a_cell(look.layers[name], c := look.channels[name], 32) + 8*c     # with copies in the operator
+    def attending(name):
+        few,many = (_bytes_a_cell(look.layers[name], look.channels[name], side) for side in (32,64))
+        if many > 1.5*few:
+            raise ValueError(f"attention layer {name}, a {type(look.layers[name]).__name__}, holds the more for each cell "
+                             "the larger its map is, as n x n weights do: no memory can be promised")
+        return few + 8*look.channels[name]     # with copies in the operator
     attention = maps + max(attending(name)*cells[name] for name in cells)
     with _stand_ins({m: lambda x: x for m in look.layers.values()}): a_pixel = _bytes_a_cell(model, channels, 8*look.unit)
     looking = a_pixel*max(SIDE**2, 2*MOST*look.unit**2, 2*look.unit*_strip(look)[1])     # what has been done already
@@ -251,12 +256,13 @@ def _watched(f):
     finally: tiles.watchers.remove(f)
 
 # %% ../nbs/api/large.ipynb #aac7ccca
-def _as_tensor(picture):
-    "(c, h, w), uint8 as it comes from a file, or a tensor as it is"
+def _as_tensor(picture, channels):
+    "(c, h, w), uint8 as it comes from a file, in grey for a model of one channel, or a tensor as it is"
     if not isinstance(picture, Tensor):
         if not isinstance(picture, (str,os.PathLike,Image.Image)):
             raise TypeError(f"`picture` must be a file, a PIL image or a tensor (c, h, w), got {type(picture).__name__}")
-        return torch.from_numpy(np.array(PILImage.create(picture).convert('RGB'))).permute(2, 0, 1)
+        image = PILImage.create(picture).convert('L' if channels == 1 else 'RGB')
+        return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)
     if picture.dim() != 3 or not picture.numel(): raise ValueError(f"`picture` must be (c, h, w), got shape {tuple(picture.shape)}")
     if picture.dtype not in (torch.uint8,torch.float32):
         raise TypeError(f"`picture` must be float32 with values 0 to 1, or uint8, got {picture.dtype}")
@@ -292,7 +298,7 @@ def predict_large(
     "What the model predicts for the whole picture at once, in bounded memory; `ValueError` if that cannot be, with what it takes"
     max_bytes, = check_whole(tiles.LEAST, 'bytes', max_bytes=max_bytes)
     check_type(bool, 'True or False', progress=progress)
-    model,given = Deployed(learn, output),_as_tensor(picture)
+    model,given = Deployed(learn, output),_as_tensor(picture, picture_channels(learn))
     look = _look(model.model, len(given))
     _check_windows(model.model, look, len(given))
     picture = _extended(given, look.unit)

@@ -201,9 +201,9 @@ def train_all(self:Learner):
 # %% ../nbs/api/learner.ipynb #cccb7400
 _load = getattr(Learner.load, 'fastais', Learner.load)
 
-def _more_attention(message):
-    "Paths of attention layers among the keys that a state dict has and the model has not"
-    keys = re.findall('"([^"]+)"', message.partition('Unexpected key(s) in state_dict: ')[2].split('\n')[0])
+def _attention_among(which, message):
+    "Paths of attention layers among the 'Unexpected' keys of a state dict, which the model has not, or the 'Missing' ones"
+    keys = re.findall('"([^"]+)"', message.partition(f'{which} key(s) in state_dict: ')[2].split('\n')[0])
     parts = {k.rpartition('.gamma')[0] for k in keys if k.endswith('.gamma')}
     return sorted(p for p in parts if any(k.startswith((f'{p}.query.', f'{p}.conv.')) for k in keys))
 
@@ -221,10 +221,13 @@ def load(self:Learner,
         self.opt = opt
         if not isinstance(e, RuntimeError): raise     # nothing was read
         self.model.load_state_dict(before, strict=False)     # PyTorch has taken over what fits
-        paths = _more_attention(str(e))
-        if not paths: raise
-        raise RuntimeError(f"{file} was saved with attention at {', '.join(paths)}, which this model has not: insert it first, "
-                           "with `learn.insert_attention`, or use `load_attention` with a file of `save_attention`.\n"+str(e)) from e
+        more,fewer = (', '.join(_attention_among(which, str(e))) for which in ('Unexpected','Missing'))
+        if more: advice = (f"{file} was saved with attention at {more}, which this model has not: insert it first, "
+                           "with `learn.insert_attention`, or use `load_attention` with a file of `save_attention`.")
+        elif fewer: advice = (f"{file} was saved without attention at {fewer}, which this model has: load it before you insert attention, "
+                              "or with `strict=False, with_opt=False`, which leaves attention as it is.")
+        else: raise
+        raise RuntimeError(f"{advice}\n{e}") from e
 
 load.fastais = _load     # so that importing this twice wraps it once
 Learner.load = load

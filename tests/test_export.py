@@ -1,5 +1,5 @@
 "A trained Learner written in three formats predicts the same in a process that has neither fastai nor this package."
-import gc, json, os
+import gc, logging, json, os
 import fastai.callback.all  # noqa: F401
 import numpy as np
 import pytest, torch
@@ -202,6 +202,36 @@ def test_torchscript_does_not_hide_a_branch(tmp_path):
     with pytest.raises(ValueError, match='depends on the numbers of a picture'): to_torchscript(learn, tmp_path/'model.pt')
     assert not list(tmp_path.iterdir())
 
+class Two(nn.Module):
+    def forward(self, x): return x, x
+
+class Fails(nn.Module):
+    def forward(self, x): raise IndexError('an error of its own')
+
+@pytest.mark.parametrize('layer,write,error,says', [
+    (Branch, to_program, ValueError, 'cannot record this model as a program .*numbers'), (Branch, to_onnx, ValueError, 'as a program'),
+    *((Two, write, ValueError, "one output, a tensor.* is a tuple") for write in (to_program, to_onnx, to_torchscript)),
+    *((Fails, write, IndexError, 'an error of its own') for write in (to_program, to_onnx, to_torchscript))], ids=named)
+def test_a_model_that_cannot_be_recorded_is_one_sentence(layer, write, error, says, tmp_path):
+    learn, _ = classifier(CrossEntropyLossFlat(), *((layer(),) if layer is Two else (layer(), nn.AdaptiveAvgPool2d(1), nn.Flatten())), normalize=False)
+    with pytest.raises(error, match=says) as raised: write(learn, tmp_path/'model.pt2')
+    assert '\n' not in str(raised.value) and not list(tmp_path.iterdir())
+
+def test_a_recorder_that_fails_is_one_sentence(tmp_path, monkeypatch):
+    learn, _ = classifier(CrossEntropyLossFlat())
+    def fails(*args, **kwargs): raise KeyError('first line\nsecond line')
+    monkeypatch.setattr(export_module.torch.onnx, 'export', fails), monkeypatch.setattr(export_module.torch.jit, 'trace', fails)
+    for write, form in ((to_onnx, 'ONNX'), (to_torchscript, 'TorchScript')):
+        with pytest.raises(ValueError, match=f'as {form} .KeyError') as raised: write(learn, tmp_path/'model')
+        assert isinstance(raised.value.__cause__, KeyError)
+    assert not list(tmp_path.iterdir())
+
+def test_a_program_of_any_name_is_written_without_a_word(tmp_path, caplog):
+    learn, _ = classifier(CrossEntropyLossFlat())
+    to_program(learn, tmp_path/'model')
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    with open(tmp_path/'model', 'rb') as f: torch.export.load(f)
+
 def test_about(tmp_path):
     learn, _ = classifier(CrossEntropyLossFlat())
     to_program(learn, tmp_path/'model.pt2', output='classes'), to_torchscript(learn, tmp_path/'model.pt', size=(21, 30))
@@ -230,7 +260,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     learn, _ = classifier(CrossEntropyLossFlat())
     (tmp_path/'model.pt2').write_bytes(b'old')
     def half(program, f, **kwargs):
-        f.write_bytes(b'half')
+        f.write(b'half')
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(export_module.torch.export, 'save', half)
     with pytest.raises(OSError): to_program(learn, tmp_path/'model.pt2')

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader as TorchLoader
 
 import fastai_selfattn.large as large
 from fastai_selfattn.attention.layers import PooledSelfAttention2d, SelfAttention
+from fastai_selfattn.attention.ops import attention_backend
 from fastai_selfattn.export import Deployed
 from fastai_selfattn.large import Peak, predict_large
 from fastai_selfattn.placement.unet import unet_learner
@@ -42,6 +43,28 @@ def learner(net=None, loss=None):
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d): nn.init.uniform_(m.running_mean), nn.init.uniform_(m.running_var, .5, 2)
     return Learner(DataLoaders(dl, dl), net, loss_func=loss or CrossEntropyLossFlat(axis=1))
+
+def test_a_file_for_a_model_of_one_channel_is_read_in_grey(tmp_path):
+    net = Net()
+    net.down = nn.Conv2d(1, 6, 4, 2, 1)
+    learn = learner(net)
+    dl = TorchLoader([(torch.rand(1, 8, 8), torch.zeros(8, 8, dtype=torch.long))]*2, 2)
+    learn.dls = DataLoaders(dl, dl)
+    image = Image.fromarray(picture(24, 32, torch.uint8).permute(1, 2, 0).numpy())
+    image.save(tmp_path/'picture.png')
+    grey = torch.from_numpy(np.array(image.convert('L')))[None]
+    for given in (tmp_path/'picture.png', image, grey):
+        torch.testing.assert_close(predict_large(learn, given, progress=False), whole(learn, grey/255.), atol=2e-6, rtol=1e-5)
+
+class Whole(SelfAttention):
+    "Holds n x n, whatever it is told"
+    def forward(self, x):
+        with attention_backend('math'): return super().forward(x)
+
+def test_a_layer_that_holds_n_by_n_is_refused():
+    net = Net()
+    net.first = Whole(6, 2, gamma=.9)
+    with pytest.raises(ValueError, match='attention layer first, a Whole, holds the more for each cell'): predict_large(learner(net), picture(64, 64), progress=False)
 
 def picture(h, w, dtype=torch.float32):
     g = torch.Generator().manual_seed(3)
