@@ -8,6 +8,7 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/export.html.md"""
 __all__ = ['Deployed', 'to_program', 'to_onnx', 'to_torchscript']
 
 # %% ../nbs/api/export.ipynb #732d5756
+import io
 import json
 import os
 import warnings
@@ -96,13 +97,13 @@ class Deployed(nn.Module):
             value = getattr(norm, name).detach().cpu().as_subclass(Tensor) if norm else None
             self.register_buffer(name, value)
 
-    def forward(self, x):
-        if self.mean is not None: x = (x - self.mean)/self.std
-        y = self.model(x)
-        if not isinstance(y, Tensor):
-            raise ValueError(f"only a model with one output, a tensor, can be exported; this one's is a {type(y).__name__}")
+    def raw(self, x): return self.model(x if self.mean is None else (x - self.mean)/self.std)
+
+    def finished(self, y):
         for f in self.finish: y = f(y)
         return y
+
+    def forward(self, x): return self.finished(self.raw(x))
 
 # %% ../nbs/api/export.ipynb #de91034e
 def _example(
@@ -121,7 +122,13 @@ def _example(
 def _tried(learn, size, output):
     "What to record, and pictures that it takes: an error of the model's own comes before a recorder sees it"
     model,x = Deployed(learn, output),_example(learn, size)
-    with torch.no_grad(), random_kept(): model(x)
+    with torch.no_grad(), random_kept(): given = y = model.raw(x)
+    try: y = model.finished(given)
+    except (TypeError,AttributeError):
+        if isinstance(given, Tensor): raise     # else a loss that knows tensors alone
+    if not isinstance(y, Tensor):
+        raise ValueError(f"what is exported must give one tensor, this Learner's model gives a {type(y).__name__}: "
+                         "choose one in the model, or in the `activation` of its loss")
     return model,x
 
 @contextmanager
@@ -137,6 +144,7 @@ def _recording(
                          "what it computes may depend on the shape of a picture, not on its numbers, "
                          "and must be PyTorch's own operations") from e
 
+# %% ../nbs/api/export.ipynb #b1d7c0a4
 def _names(vocab):
     "Names of classes, those of each target where there are several"
     if vocab is None: return None
@@ -163,14 +171,16 @@ def to_program(
     check_type(bool, 'True or False', dynamic=dynamic)
     model,x = _tried(learn, size, output)
     sides = {2:Dim.AUTO, 3:Dim.AUTO} if dynamic else {}
-    with nullcontext() if fname is None else whole_file(fname) as new, _recording('a program'):
-        program = torch.export.export(model, (x,), dynamic_shapes=({0:Dim.AUTO, **sides},))
-        if new: _save(program, new, _about(learn, model.output, x, _dynamic(program)))
+    with nullcontext() if fname is None else whole_file(fname) as new:
+        with _recording('a program'): program = torch.export.export(model, (x,), dynamic_shapes=({0:Dim.AUTO, **sides},))
+        if new: _save(torch.export.save, program, new, 'extra_files', _about(learn, model.output, x, _dynamic(program)))
     return program
 
-def _save(program, file, about):
-    with open(file, 'wb') as f:     # not by its name: PyTorch warns of one without .pt2
-        torch.export.save(program, f, extra_files={'about.json':about})
+def _save(save, recorded, file, files, about):
+    "Write by way of memory: PyTorch ends Python if the disk is full, and warns of names that it does not know"
+    memory = io.BytesIO()
+    with _recording('a file'): save(recorded, memory, **{files:{'about.json':about}})
+    file.write_bytes(memory.getbuffer())
 
 def _dynamic(program):
     "The names of those sides of the picture that a program leaves open"
@@ -203,12 +213,17 @@ def to_torchscript(
 )->Path: # `fname`
     "Write a trained model as TorchScript, for pictures of one size; `ValueError`/`TypeError` as `to_program`"
     model,x = _tried(learn, size, output)
-    with whole_file(fname) as new, warnings.catch_warnings(), torch.no_grad():
+    with whole_file(fname) as new, warnings.catch_warnings(), torch.no_grad(), random_kept():
         warnings.simplefilter('ignore')     # that tracing is deprecated, and that sizes become constants
         with _recording('TorchScript'): traced = torch.jit.trace(model, x)
         for other in (x/8, 1-x/8):     # dark, and bright
-            if not torch.allclose(traced(other), model(other), rtol=1e-3, atol=1e-4, equal_nan=True):
+            got,want = (_seeded(f, other.clone()) for f in (traced,model))
+            if not torch.allclose(got, want, rtol=1e-3, atol=1e-4, equal_nan=True):
                 raise ValueError("what this model computes depends on the numbers of a picture in a way that TorchScript does not record, "
                                  "such as an `if`: write it without, with `torch.where` say")
-        traced.save(str(new), _extra_files={'about.json':_about(learn, model.output, x, ['bs'])})
+        _save(torch.jit.save, traced, new, '_extra_files', _about(learn, model.output, x, ['bs']))
     return Path(fname)
+
+def _seeded(f, x):
+    torch.manual_seed(0)
+    return f(x)

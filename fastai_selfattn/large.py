@@ -134,10 +134,10 @@ def _windows(length, width, margin):
 
 # %% ../nbs/api/large.ipynb #d7918964
 class Peak(TorchDispatchMode):
-    "Counts the bytes of the tensors that are made inside the `with` block and still alive, `now` and when they were `most`"
+    "Counts the bytes of the tensors made inside the `with` block: those alive `now`, when they were `most`, and all in `total`"
     def __init__(self):
         super().__init__()
-        self.alive,self.now,self.most = {},0,0
+        self.alive,self.now,self.most,self.total = {},0,0,0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -150,29 +150,39 @@ class Peak(TorchDispatchMode):
         self.alive[at] = memory.nbytes()
         weakref.finalize(memory, self.free, at)
         self.now += memory.nbytes()
+        self.total += memory.nbytes()
         self.most = max(self.most, self.now)
 
     def free(self, at): self.now -= self.alive.pop(at)
 
 # %% ../nbs/api/large.ipynb #84add20f
-def _bytes_a_cell(f, channels, side):
-    "What `f` holds at most for each cell of a map (1, channels, side, side) that it is given, that map included"
+def _peak(f, channels, side):
+    "The `Peak` of `f` over a map (1, channels, side, side), that map included"
     with torch.no_grad(), attention_backend(max_bytes=tiles.LEAST), Peak() as peak: f(torch.zeros(1, channels, side, side))
-    return peak.most/side**2
+    return peak
+
+TRIED = 8,16,32    # sides of the maps on which a layer of attention is tried
+
+def _attending(layer, channels, cells):
+    "Bytes that `layer` held at most when it was tried, and what it would over a map of `cells`"
+    few,_,many = sizes = [side**2 for side in TRIED]
+    peaks = [_peak(layer, channels, side) for side in TRIED]
+    held = peaks[-1].most
+    a_cell = held/many + 8*channels     # with copies in the operator
+    if type(layer).__module__.startswith('fastai_selfattn.'): return held,a_cell*cells     # ours hold no pairs
+    # Of small maps the peak may be elsewhere, so what is made in all counts: a parabola through the three.
+    slopes = [(b.total-a.total)/(m-l) for a,b,l,m in zip(peaks, peaks[1:], sizes, sizes[1:])]
+    a_pair = max(0, slopes[1]-slopes[0])/(many-few)
+    return held,a_cell*cells + a_pair*cells**2
 
 def _fit(look, model, size, channels, held, max_bytes):
     "Width of windows, a multiple of the unit, and bytes for tiles that fit beside `held` bytes; `ValueError` if none does"
     cells = {name: math.prod(size)//s**2 for name,s in look.strides.items()}
     maps = held + sum(4*c*cells[name] for name,c in look.channels.items())
-    def attending(name):
-        few,many = (_bytes_a_cell(look.layers[name], look.channels[name], side) for side in (32,64))
-        if many > 1.5*few:
-            raise ValueError(f"attention layer {name}, a {type(look.layers[name]).__name__}, holds the more for each cell "
-                             "the larger its map is, as n x n weights do: no memory can be promised")
-        return few + 8*look.channels[name]     # with copies in the operator
-    attention = maps + max(attending(name)*cells[name] for name in cells)
-    with _stand_ins({m: lambda x: x for m in look.layers.values()}): a_pixel = _bytes_a_cell(model, channels, 8*look.unit)
-    looking = a_pixel*max(SIDE**2, 2*MOST*look.unit**2, 2*look.unit*_strip(look)[1])     # what has been done already
+    tried,attending = zip(*(_attending(look.layers[name], look.channels[name], cells[name]) for name in cells))
+    attention = maps + max(attending)
+    with _stand_ins({m: lambda x: x for m in look.layers.values()}): a_pixel = _peak(model, channels, 8*look.unit).most/(8*look.unit)**2
+    looking = max(*tried, a_pixel*max(SIDE**2, 2*MOST*look.unit**2, 2*look.unit*_strip(look)[1]))     # what has been done already
     def passing(width): return maps + a_pixel*math.prod(min(width+2*look.margin, side) for side in size)
     widths = range(-(-max(size)//look.unit)*look.unit, 0, -look.unit)
     width = next((width for width in widths if passing(width) <= max_bytes), None)
@@ -256,12 +266,13 @@ def _watched(f):
     finally: tiles.watchers.remove(f)
 
 # %% ../nbs/api/large.ipynb #aac7ccca
-def _as_tensor(picture, channels):
+def _as_tensor(picture, learn):
     "(c, h, w), uint8 as it comes from a file, in grey for a model of one channel, or a tensor as it is"
     if not isinstance(picture, Tensor):
         if not isinstance(picture, (str,os.PathLike,Image.Image)):
             raise TypeError(f"`picture` must be a file, a PIL image or a tensor (c, h, w), got {type(picture).__name__}")
-        image = PILImage.create(picture).convert('L' if channels == 1 else 'RGB')
+        image = picture if isinstance(picture, Image.Image) else PILImage.create(picture)     # which makes a class of fastai's of an image
+        image = image.convert('L' if picture_channels(learn) == 1 else 'RGB')
         return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)
     if picture.dim() != 3 or not picture.numel(): raise ValueError(f"`picture` must be (c, h, w), got shape {tuple(picture.shape)}")
     if picture.dtype not in (torch.uint8,torch.float32):
@@ -298,7 +309,7 @@ def predict_large(
     "What the model predicts for the whole picture at once, in bounded memory; `ValueError` if that cannot be, with what it takes"
     max_bytes, = check_whole(tiles.LEAST, 'bytes', max_bytes=max_bytes)
     check_type(bool, 'True or False', progress=progress)
-    model,given = Deployed(learn, output),_as_tensor(picture, picture_channels(learn))
+    model,given = Deployed(learn, output),_as_tensor(picture, learn)
     look = _look(model.model, len(given))
     _check_windows(model.model, look, len(given))
     picture = _extended(given, look.unit)

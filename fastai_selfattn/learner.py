@@ -224,8 +224,8 @@ def load(self:Learner,
         more,fewer = (', '.join(_attention_among(which, str(e))) for which in ('Unexpected','Missing'))
         if more: advice = (f"{file} was saved with attention at {more}, which this model has not: insert it first, "
                            "with `learn.insert_attention`, or use `load_attention` with a file of `save_attention`.")
-        elif fewer: advice = (f"{file} was saved without attention at {fewer}, which this model has: load it before you insert attention, "
-                              "or with `strict=False, with_opt=False`, which leaves attention as it is.")
+        elif fewer: advice = (f"{file} was saved without attention at {fewer}, which this model has: load it into a model without, "
+                              "or with `strict=False, with_opt=False`, which takes what fits and leaves the rest as it is.")
         else: raise
         raise RuntimeError(f"{advice}\n{e}") from e
 

@@ -210,12 +210,40 @@ class Fails(nn.Module):
 
 @pytest.mark.parametrize('layer,write,error,says', [
     (Branch, to_program, ValueError, 'cannot record this model as a program .*numbers'), (Branch, to_onnx, ValueError, 'as a program'),
-    *((Two, write, ValueError, "one output, a tensor.* is a tuple") for write in (to_program, to_onnx, to_torchscript)),
+    *((Two, write, ValueError, "must give one tensor, .* gives a tuple") for write in (to_program, to_onnx, to_torchscript)),
     *((Fails, write, IndexError, 'an error of its own') for write in (to_program, to_onnx, to_torchscript))], ids=named)
 def test_a_model_that_cannot_be_recorded_is_one_sentence(layer, write, error, says, tmp_path):
     learn, _ = classifier(CrossEntropyLossFlat(), *((layer(),) if layer is Two else (layer(), nn.AdaptiveAvgPool2d(1), nn.Flatten())), normalize=False)
     with pytest.raises(error, match=says) as raised: write(learn, tmp_path/'model.pt2')
     assert '\n' not in str(raised.value) and not list(tmp_path.iterdir())
+
+class OfTwo(nn.Module):
+    "A loss of a model with two outputs, whose activation chooses"
+    def forward(self, out, y): return nn.functional.cross_entropy(out[0], y)
+    def activation(self, out): return out[0].softmax(-1)
+    def decodes(self, out): return out.argmax(-1)
+
+def test_the_activation_may_choose_among_outputs(tmp_path):
+    learn, _ = classifier(OfTwo(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Two(), normalize=False)
+    for write in (to_program, to_onnx, to_torchscript): write(learn, tmp_path/'model')
+    assert to_program(learn, output='classes').module()(torch.rand(2, 3, 20, 24)).shape == (2,)
+
+@pytest.mark.parametrize('layer', [lambda x: nn.functional.dropout(x, .5), lambda x: x.mul_(2)], ids=['random', 'in place'])
+def test_torchscript_of_what_draws_or_writes(layer, tmp_path):
+    class Layer(nn.Module):
+        def forward(self, x): return layer(x)
+    learn, _ = classifier(CrossEntropyLossFlat(), Layer(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), normalize=False)
+    state = torch.get_rng_state()
+    to_torchscript(learn, tmp_path/'model.pt')
+    assert torch.get_rng_state().equal(state)
+
+def test_a_full_disk_is_not_the_models_fault(tmp_path, monkeypatch):
+    learn, _ = classifier(CrossEntropyLossFlat())
+    def full(self, data): raise OSError(28, 'No space left on device', str(self))
+    monkeypatch.setattr('pathlib.Path.write_bytes', full)
+    for write in (to_program, to_torchscript):
+        with pytest.raises(OSError, match='No space left'): write(learn, tmp_path/'model')
+    assert not list(tmp_path.iterdir())
 
 def test_a_recorder_that_fails_is_one_sentence(tmp_path, monkeypatch):
     learn, _ = classifier(CrossEntropyLossFlat())

@@ -61,10 +61,33 @@ class Whole(SelfAttention):
     def forward(self, x):
         with attention_backend('math'): return super().forward(x)
 
-def test_a_layer_that_holds_n_by_n_is_refused():
-    net = Net()
-    net.first = Whole(6, 2, gamma=.9)
-    with pytest.raises(ValueError, match='attention layer first, a Whole, holds the more for each cell'): predict_large(learner(net), picture(64, 64), progress=False)
+class WholePooled(PooledSelfAttention2d):
+    def forward(self, x):
+        with attention_backend('math'): return super().forward(x)
+
+@pytest.mark.parametrize('layer,most', [(Whole(64, gamma=.9), 2**28), (WholePooled(64, pool=8, gamma=.9), 2**28)], ids=['whole', 'pooled'])
+def test_what_a_layer_holds_for_each_pair_counts(layer, most):
+    assert large._attending(SelfAttention(64), 64, 2**16)[1] < most
+    net = nn.Sequential(nn.Conv2d(3, 64, 2, 2), layer, nn.ConvTranspose2d(64, 3, 2, 2))
+    with pytest.raises(ValueError, match='needs at least') as e: predict_large(learner(net), picture(512, 512), max_bytes=most, progress=False)
+    n = 256**2
+    assert int(str(e.value).split('at least ')[1].split(' bytes')[0].replace(',', '')) > 4*n*(n//64 if isinstance(layer, WholePooled) else n)
+
+def test_a_layer_is_tried_within_the_memory_that_is_stated():
+    net = nn.Sequential(nn.Conv2d(3, 256, 16, 16), SelfAttention(256, gamma=.9), nn.ConvTranspose2d(256, 3, 16, 16))
+    learn, x = learner(net), picture(64, 64)
+    with pytest.raises(ValueError, match='needs at least') as e: predict_large(learn, x, max_bytes=large.tiles.LEAST, progress=False)
+    least = int(str(e.value).split('at least ')[1].split(' bytes')[0].replace(',', ''))
+    with Peak() as peak: predict_large(learn, x, max_bytes=least, progress=False)
+    assert peak.most <= least + 2*sum(p.nbytes for p in net.parameters())     # of the copy, while its norms are baked
+
+def test_an_image_that_is_not_read_yet_stays_as_it_is(tmp_path):
+    Image.fromarray(picture(24, 32, torch.uint8).permute(1, 2, 0).numpy()).save(tmp_path/'picture.png')
+    image = Image.open(tmp_path/'picture.png')
+    cls = type(image)
+    got = predict_large(learner(), image, progress=False)
+    torch.testing.assert_close(got, predict_large(learner(), tmp_path/'picture.png', progress=False))
+    assert type(image) is cls and image.convert('L').size == (32, 24)
 
 def picture(h, w, dtype=torch.float32):
     g = torch.Generator().manual_seed(3)

@@ -75,9 +75,8 @@ def _dotted(q, k, v, scale=1.):
 
 def _added(x, gamma, o):
     "`gamma*o + x`, of which `o` need not fit into the precision of `x`, if gamma makes it small"
-    o = o.reshape(x.shape)
-    if x.dtype == gamma.dtype == o.dtype: return torch.addcmul(x, gamma, o)     # the same in one walk through memory
-    return x + (gamma*o).to(torch.promote_types(x.dtype, gamma.dtype))
+    # `torch.addcmul` would save a walk through memory, but makes a map of one pixel channels last
+    return x + (gamma*o.reshape(x.shape)).to(torch.promote_types(x.dtype, gamma.dtype))
 
 def _rows(t, heads):
     "(bs, channels, n) -> (bs*heads, n, channels/heads)"

@@ -26,7 +26,7 @@ def tile(bs, rows, cols, most=None, budget=NO_LIMIT, threads=1):
     "Images, tiles side by side, and rows and columns of each, of `bs` maps of rows x cols; `budget` weights at most in all"
     most_rows,most_cols = most or (ROWS,COLS)
     most_area,rows,cols = most_rows*most_cols,max(1, rows),max(1, cols)
-    n = max(1, min(threads, rows//FEWEST, budget//FEWEST**2))
+    n = max(1, min(threads, rows//FEWEST, budget//FEWEST**2)) if bs else 1
     if max(1, bs) >= n and rows*cols <= min(4*most_area, budget):
         return max(1, min(bs, min(8*most_area, budget) // (rows*cols))),1,rows,cols
     area = min(most_area, budget//n)

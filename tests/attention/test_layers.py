@@ -916,6 +916,23 @@ def test_watched_layers_give_the_same_and_each_hook_fires_once(cls, kwargs, wher
     for a, b in zip(results(layer, layer, x), results(plain, plain, x)): assert rel(a, b) < 1e-10
 
 
+@each
+@pytest.mark.parametrize('shape', [(2, 24, 1, 1), (1, 24, 1, 1), (2, 24, 1, 5), (2, 24, 5, 7)], ids=str)
+def test_the_memory_format_is_that_of_the_map(cls, shape):
+    layer = cls(24, gamma=.7)
+    for fmt in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(shape).contiguous(memory_format=fmt)
+        if fmt is torch.contiguous_format: assert layer(x).stride() == x.stride()
+        assert layer(x).is_contiguous(memory_format=fmt)
+
+@pytest.mark.parametrize('threads', [1, 2])
+def test_no_images_of_a_large_map(threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert SelfAttention(16)(torch.randn(0, 16, 40, 40, requires_grad=True)).sum().backward() is None
+    finally: torch.set_num_threads(before)
+
 class Products(TorchFunctionMode):
     "How often a map is multiplied by a weight"
     def __init__(self): super().__init__(); self.n = 0

@@ -189,7 +189,7 @@ def test_learn_load_says_what_to_do(tmp_path, way):
     again.load('with')
     assert torch.equal(again.model.eval()(X), learn.model.eval()(X))
     learner(tmp_path).save('before')
-    with pytest.raises(RuntimeError, match=rf"before was saved without attention at {', '.join(sorted(paths))}, which this model has: load it before"): again.load('before')
+    with pytest.raises(RuntimeError, match=rf"before was saved without attention at {', '.join(sorted(paths))}, which this model has: load it into a model without"): again.load('before')
     again.load('before', strict=False, with_opt=False)
     assert torch.equal(again.model.mid.weight, learner(tmp_path).model.mid.weight)
     with pytest.raises(RuntimeError, match='^Error') as e: learner(tmp_path).save('plain'), learner(tmp_path, net(c=20)).load('plain')
