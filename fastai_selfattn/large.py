@@ -161,19 +161,19 @@ def _peak(f, channels, side):
     with torch.no_grad(), attention_backend(max_bytes=tiles.LEAST), Peak() as peak: f(torch.zeros(1, channels, side, side))
     return peak
 
-TRIED = 8,16,32    # sides of the maps on which a layer of attention is tried
+TRIED = 16,32,48    # sides of the maps on which a layer of attention is tried
 
 def _attending(layer, channels, cells):
     "Bytes that `layer` held at most when it was tried, and what it would over a map of `cells`"
-    few,_,many = sizes = [side**2 for side in TRIED]
-    peaks = [_peak(layer, channels, side) for side in TRIED]
-    held = peaks[-1].most
-    a_cell = held/many + 8*channels     # with copies in the operator
-    if type(layer).__module__.startswith('fastai_selfattn.'): return held,a_cell*cells     # ours hold no pairs
-    # Of small maps the peak may be elsewhere, so what is made in all counts: a parabola through the three.
-    slopes = [(b.total-a.total)/(m-l) for a,b,l,m in zip(peaks, peaks[1:], sizes, sizes[1:])]
+    few,some,many = (side**2 for side in TRIED)
+    peak = _peak(layer, channels, TRIED[1])
+    total = (peak.most/some + 8*channels)*cells     # with copies in the operator
+    if type(layer).__module__.startswith('fastai_selfattn.'): return peak.most,total     # ours hold no pairs
+    # Of small maps the peak may be elsewhere, so what is made in all counts: a parabola through three sizes.
+    less,more = (_peak(layer, channels, TRIED[i]) for i in (0,2))
+    slopes = (peak.total-less.total)/(some-few),(more.total-peak.total)/(many-some)
     a_pair = max(0, slopes[1]-slopes[0])/(many-few)
-    return held,a_cell*cells + a_pair*cells**2
+    return more.most,total + a_pair*cells**2
 
 def _fit(look, model, size, channels, held, max_bytes):
     "Width of windows, a multiple of the unit, and bytes for tiles that fit beside `held` bytes; `ValueError` if none does"
