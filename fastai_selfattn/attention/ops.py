@@ -29,7 +29,7 @@ def _math(q, k, v, scale):
     dt = precise(v)
     q,k,w = (t.to(dt) for t in (q,k,v))
     if scale != 1: q = scale*q
-    # `@` first finds out how many dimensions there are, which a small map feels, there and back; the older ONNX exporter has no `mT`
+    # Not `@`, which first finds out how many dimensions there are, as a small map feels; nor `mT`, which the older ONNX exporter lacks.
     if w.stride(-1) == 1: return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), w).to(v.dtype)
     return torch.bmm(w.transpose(1, 2), torch.bmm(k, q.transpose(1, 2)).softmax(1)).transpose(1, 2).to(v.dtype)
 
