@@ -48,6 +48,13 @@ def _without_tensor_base(model):
             if isinstance(child, ToTensorBase): m._modules[name] = nn.Identity()
     return model
 
+def _copy_of(model):
+    "A copy of `model`; `ValueError` if it has what cannot be copied, such as a lock or a tensor with its graph"
+    try: return deepcopy(model)
+    except Exception as e:
+        name = type(model).__name__
+        raise ValueError(f"the model must be one that can be copied, and this {name} cannot: {type(e).__name__}: {e}") from e
+
 _outputs = 'probs','classes','raw'
 
 def _of_loss(loss_func, name):
@@ -90,7 +97,7 @@ class Deployed(nn.Module):
         self.finish = [f for f,wanted in ((activation,output != 'raw'), (decodes,output == 'classes')) if f and wanted]
         self.output = output if self.finish else 'raw'
         _check_transforms(learn)
-        self.model = _without_tensor_base(deepcopy(bare_model(learn.model))).cpu().float().eval().requires_grad_(False)
+        self.model = _without_tensor_base(_copy_of(bare_model(learn.model))).cpu().float().eval().requires_grad_(False)
         for conv in normed(self.model): bake(conv)
         norm = next((t for t in _batch_tfms(learn) if isinstance(t, Normalize)), None)
         for name in ('mean','std'):

@@ -35,7 +35,7 @@ class CommandParser(argparse.ArgumentParser):
     "An `ArgumentParser` with `--version`, whose errors are one line, with status 2"
     def __init__(self, **kwargs):
         self.options = []     # before it gets `--help`
-        super().__init__(**kwargs)
+        super().__init__(**{'allow_abbrev':False, **kwargs})     # what is abbreviated today may mean two options tomorrow
         self.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
 
     def add_argument(self, *args, **kwargs):

@@ -1,5 +1,5 @@
 "A trained Learner written in three formats predicts the same in a process that has neither fastai nor this package."
-import gc, logging, json, os
+import gc, logging, json, os, threading
 import fastai.callback.all  # noqa: F401
 import numpy as np
 import pytest, torch
@@ -216,6 +216,17 @@ def test_a_model_that_cannot_be_recorded_is_one_sentence(layer, write, error, sa
     learn, _ = classifier(CrossEntropyLossFlat(), *((layer(),) if layer is Two else (layer(), nn.AdaptiveAvgPool2d(1), nn.Flatten())), normalize=False)
     with pytest.raises(error, match=says) as raised: write(learn, tmp_path/'model.pt2')
     assert '\n' not in str(raised.value) and not list(tmp_path.iterdir())
+
+class Locked(nn.Identity):
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+def test_a_model_that_cannot_be_copied(tmp_path):
+    learn, _ = classifier(CrossEntropyLossFlat(), Locked(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), normalize=False)
+    for write in (to_program, to_onnx, to_torchscript):
+        with pytest.raises(ValueError, match=r'must be one that can be copied, and this Sequential cannot: TypeError: .*lock'): write(learn, tmp_path/'model')
+    assert not list(tmp_path.iterdir())
 
 class OfTwo(nn.Module):
     "A loss of a model with two outputs, whose activation chooses"

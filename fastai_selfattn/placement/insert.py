@@ -11,6 +11,7 @@ __all__ = ['Place', 'Turned', 'insert_attention', 'remove_attention']
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -60,16 +61,18 @@ def _remember(undo, *dicts):
         now.update(before)
     for d in dicts: undo.callback(put_back, d, d.copy())
 
-def _append(host, layer, undo, axis=1):
-    "Put `layer` behind `host`, which gives channels on `axis`; its path below `host`, and whether a hook was needed"
+def _append(host, layer, undo, axis=1, deeper=0):
+    "Put `layer` behind `host`, at least `deeper` levels down; its path below `host`, and whether a hook was needed"
     if axis == 1 and _is_sequential(host):
         _remember(undo, host._modules)
         host.append(layer)
         return str(len(host)-1),False
     keeper,path = host,''
-    while isinstance(keeper, (nn.Sequential,nn.ModuleDict,nn.ModuleList)) and len(keeper):
-        last = list(keeper._modules)[-1]
-        keeper,path = keeper._modules[last],f'{path}{last}.'
+    while deeper > 0 or isinstance(keeper, (nn.Sequential,nn.ModuleDict,nn.ModuleList)):
+        children = [(name,m) for name,m in keeper._modules.items() if m is not None]
+        if not children: break
+        last,keeper = children[-1]
+        path,deeper = f'{path}{last}.',deeper-1
     name = next(n for n in ('attention', *(f'attention{i}' for i in range(2, 100))) if not hasattr(keeper, n))
     _remember(undo, keeper._modules, host._forward_hooks)
     keeper.add_module(name, layer)
@@ -172,11 +175,14 @@ def _check_replace(model, s, sites):
                          "take that out first, with `remove_attention`")
 
 # %% ../../nbs/api/placement/insert.ipynb #0e1a3202
-def _check_runs(model, size, done):
-    "Raise unless the model runs, and calls each new layer as often as the module before it, and that keeps the shape"
-    try: every = find_sites(model, size).every
+def _run(model, size, done):
+    "What is called in a forward pass with the new layers, by path"
+    try: return find_sites(model, size).every
     except ValueError as e:
         raise ValueError(f"with attention at {', '.join(s.name for s in done.values())} the model no longer runs: {e}") from e
+
+def _check_calls(every, done):
+    "Raise unless each new layer is called as often as the module before it, and keeps the shape"
     for path,s in done.items():
         now = every.get(path)
         calls = now.calls if now else 0
@@ -198,10 +204,10 @@ def _report(did, places, left_out=(), note=''):
     print(line)
 
 # %% ../../nbs/api/placement/insert.ipynb #82572d48
-def _put(model, site, how, new, undo):
+def _put(model, site, how, new, undo, deeper=0):
     "Put the layer `new` at `site`; its path"
     if how == 'append':
-        name,hooked = _append(model.get_submodule(site.path), new, undo, site.axis)
+        name,hooked = _append(model.get_submodule(site.path), new, undo, site.axis, deeper)
         new.attention_place = Place(site, how, hooked=name*hooked)
         return f'{site.path}.{name}'
     parent,name = _parent(model, site.path)
@@ -209,6 +215,20 @@ def _put(model, site, how, new, undo):
     new.attention_place = Place(site, how, (_replace(parent, name, stands, undo),))
     return site.path if stands is new else f'{site.path}.attention'
 
+def _settle(model, size, done, undo):
+    "`done`, with layers further down where a module that goes over its children ran them too; raises as `_check_calls`"
+    net,_ = model_and_learner(model)
+    for deeper in count(1):
+        every = _run(model, size, done)
+        def is_run_twice(path): return path in every and every[path].calls == 2*done[path].calls
+        twice = [p for p in done if is_run_twice(p) and net.get_submodule(p).attention_place.hooked]
+        moved = {p:_put(net, done[p], 'append', _take_out(net, p), undo, deeper) for p in twice}
+        if all(p == new for p,new in moved.items()): break     # none, or as far down as can be
+        done = {moved.get(p, p):s for p,s in done.items()}
+    _check_calls(every, done)
+    return done
+
+# %% ../../nbs/api/placement/insert.ipynb #82572d49
 def insert_attention(
     model:nn.Module|Learner, # any CNN, changed in place, or a Learner, whose optimizer is taken care of
     where:bool|str|Sequence|Callable[[Site],bool]|None=None, # names, paths or patterns of sites, True for fastai's own place, or a function
@@ -234,7 +254,7 @@ def insert_attention(
         done = {_put(model, s, how, new, undo):s for s,(new,_) in zip(chosen, made)}
         for unet in unets(model): _remember(undo, unet._forward_hooks, unet._forward_hooks_always_called)
         let_go(model)
-        _check_runs(learn or model, size, done)
+        done = _settle(learn or model, size, done, undo)
         _compile_anew()
         if learn: watch(learn, undo)
         _report(f"Inserted {type(made[0][0]).__name__} {'behind' if how == 'append' else 'in place of'}", done, left_out, note)

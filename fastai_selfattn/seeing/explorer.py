@@ -224,7 +224,7 @@ def attention_explorer(
     title:str='What attention sees', # of the page
     overwrite:bool=False, # replace `fname` also if it is no page that an explorer wrote
     which:int=0, # of several pictures that the model takes at once, the one to look at
-    head:int=None, # the head to show first, counted from 0, in layers that have it; the mean of the heads if None
+    head:int=None, # the head to show first, counted from 0, in layers that have it, at least one; the mean of the heads if None
 )->Explorer: # a path, and live in a notebook
     "Write one HTML file for any browser that shows what the query pixel under a click attends to; errors come before anything is written"
     models,path = _named_models(learn, label, others),_target(fname, overwrite)
@@ -232,6 +232,8 @@ def attention_explorer(
     head = None if head is None else check_whole(0, head=head)[0]
     p = pictures(learn, items, max_n, which)
     shown,off,shares,without = zip(*(_model(m, l, p, layers, learn.loss_func) for l,m in models.items()))
+    heads = max(layer['heads'] for model in shown for layer in model['layers'])
+    if head is not None and head >= heads: raise ValueError(f"`head` must be at most {heads-1}, the last head of a layer here, got {head}")
     sizes = [tuple(x.shape[-2:]) for part in p.parts() for x in part.x]
     views = [dict(name=name, h=h, w=w, shape=s, src=_data_uri(im, s)) for name,(h,w),im,s in zip(p.names, sizes, p.images, p.shapes)]
     exact = _exact.format(off=max(off), share=max(shares), seen=', '.join(dict.fromkeys(f'{h}×{w}' for h,w in sizes)))

@@ -553,7 +553,7 @@ def learn_state(learn):
 
 def flat(state): return repr(state)
 
-STEPS = ['_make', '_append', '_replace', 'let_go', '_check_runs', 'watch', 'regroup', '_groups', '_set_lists', '_forget', '_welcome', '_report']
+STEPS = ['_make', '_append', '_replace', 'let_go', '_run', '_check_calls', 'watch', 'regroup', '_groups', '_set_lists', '_forget', '_welcome', '_report']
 
 def where_is(step): return insert_module if hasattr(insert_module, step) else optim_module
 
@@ -625,6 +625,48 @@ def test_a_model_that_no_longer_runs_is_given_back():
     before = tree(model)
     with pytest.raises(ValueError, match='0 is called 1 times in a forward pass, but attention there 2 times|no longer runs'): insert_attention(model, '0', size=SIZE)
     assert tree(model) == before
+
+
+class Goes(nn.Module):
+    "Goes over its children, as the stages of timm's RegNet do"
+    def __init__(self, *children):
+        super().__init__()
+        for i, m in enumerate(children): self.add_module(f'b{i}', m)
+    def forward(self, x):
+        for m in self.children(): x = m(x)
+        return x
+
+@pytest.mark.parametrize('inner,path', [(lambda: nn.Conv2d(8, 8, 3), '0.b1.attention'), (lambda: Goes(nn.ReLU(), nn.Conv2d(8, 8, 3)), '0.b1.b1.attention')], ids=['once', 'twice'])
+def test_modules_that_go_over_their_children_do_not_run_a_layer_twice(inner, path):
+    torch.manual_seed(0)
+    model = nn.Sequential(Goes(nn.Conv2d(3, 8, 3), inner()), nn.Conv2d(8, 4, 3)).eval()
+    before, keys, x = tree(model), set(model.state_dict()), image()
+    plain = model[0](x)
+    assert insert_attention(model, '0', size=SIZE) == [path]
+    layer = model.get_submodule(path)
+    assert model[0](x).equal(plain)
+    nn.init.constant_(layer.gamma, .5)
+    assert model[0](x).equal(layer(plain)) and set(model.state_dict()) == keys | {f'{path}.{k}' for k in layer.state_dict()}
+    assert predict(pickle.loads(pickle.dumps(model)), x).equal(predict(model, x))
+    assert remove_attention(model, '0') == [path] and tree(model) == before
+
+@pytest.mark.parametrize('step,at', [(step, at) for step, most in dict(_take_out=1, _append=2, _run=2, _check_calls=1).items() for n in range(most) for at in (n+1, -n-1)])
+def test_a_failure_while_a_layer_is_kept_further_down(monkeypatch, step, at):
+    error = KeyboardInterrupt() if at < 0 else Fault('on purpose')
+    model = nn.Sequential(Goes(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), nn.Conv2d(8, 4, 3)).eval()
+    before = tree(model)
+    monkeypatch.setattr(where_is(step), step, failing(getattr(where_is(step), step), at, error))
+    with pytest.raises((Fault, KeyboardInterrupt)): insert_attention(model, '0', size=SIZE)
+    assert tree(model) == before
+
+def test_the_stages_of_a_regnet():
+    model = timm.create_model('regnetx_002', num_classes=2).eval()
+    x = image(size=(64, 64))
+    plain = predict(model, x)
+    assert insert_attention(model, 's*', side=4, size=64) == ['s3.b4.attention'] and predict(model, x).equal(plain)
+    learned = predict(use(model), x)
+    model.set_grad_checkpointing(True)
+    assert not learned.equal(plain) and predict(model, x).equal(learned)
 
 
 # --- layers of others

@@ -265,6 +265,7 @@ ERRORS = {
     'no layer of that name': (lambda p: dict(layers='none*'), ValueError, r"'model': no attention layer none\*: there are heads, pooled"),
     'no attention': (lambda p: dict(others={'plain': nn.Conv2d(3, 3, 1)}), ValueError, "'plain': no attention layer"),
     'no softmax': (lambda p: dict(others={'dot': nn.Sequential(nn.Conv2d(3, 8, 1), SelfAttention(8, softmax=False))}), ValueError, "'dot': 1: no map is known, since weights are dot products"),
+    'a head that no layer has': (lambda p: dict(head=2), ValueError, '`head` must be at most 1, the last head of a layer here, got 2'),
     'a line': (lambda p: dict(others={'line': Line()}), ValueError, "layer at of 'line' sees a 1d map: an explorer shows 2d maps"),
     'infinite': (lambda p: dict(others={'broken': broken()}), ValueError, "layer heads of 'broken' has query or key vectors that are not finite on picture 1"),
     'fails inside': (lambda p: dict(others={'bad': nn.Sequential(nn.Conv2d(3, 5, 1), SelfAttention(8))}), ValueError, '`x` must be'),

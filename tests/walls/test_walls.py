@@ -225,6 +225,7 @@ def test_without_attention(tmp_path, rooms, capfd):
     ('--data there --n-rooms 9', 'give one of the two'),
     ('--wall-code 2', '--data, which is not given'),
     ('--pretrained --n-rooms 8 --bs 2', 'no pretrained weights'),
+    ('--epoch 2', r'unrecognized arguments: --epoch 2: did you mean --epochs\?'),
     ('--what', 'unrecognized arguments: --what')])
 def test_bad_options_are_one_line_and_leave_nothing(args, says, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
