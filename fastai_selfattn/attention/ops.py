@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -169,6 +170,7 @@ class Ran(NamedTuple):
     dv:int          # channels of values
 
 _backend,_max_bytes,_lists = 'auto',None,[]
+_asked = [[_backend,_max_bytes]]     # by blocks that have not ended, of all threads: the newest holds
 
 def _check_bytes(max_bytes, name):
     if max_bytes is None: return
@@ -194,10 +196,13 @@ def attention_backend(
     if not isinstance(name, str) or name != 'auto' and name not in _backends:
         raise ValueError(f"`name` must be one of {', '.join(('auto', *_backends))}; got {name!r}")
     _check_bytes(max_bytes, name)
-    before,_backend,_max_bytes = (_backend,_max_bytes),name,max_bytes
+    _backend,_max_bytes = mine = [name,max_bytes]
+    _asked.append(mine)
     try:
         with listening() as ran: yield ran
-    finally: _backend,_max_bytes = before
+    finally:
+        _asked[:] = [a for a in _asked if a is not mine]     # another thread's block may have begun later, and go on
+        _backend,_max_bytes = _asked[-1]
 
 # %% ../../nbs/api/attention/ops.ipynb #3bfa46b8
 def _check(**tensors):
@@ -221,6 +226,12 @@ def _check(**tensors):
     plain = torch.compiler.is_compiling()     # a tensor that is being traced is a subclass too, and has to stay one
     return [t if plain or type(t) is Tensor else t.as_subclass(Tensor) for t in tensors.values()]
 
+def _number(scale):
+    if isinstance(scale, (Real,torch.SymFloat,torch.SymInt)): return float(scale)
+    if isinstance(scale, Tensor) and scale.numel() == 1 and not scale.requires_grad: return scale.item()
+    hint = ": multiply `q` by it instead, so that it gets gradients" if isinstance(scale, Tensor) else ''
+    raise TypeError(f"`scale` must be a number, got {type(scale).__name__}{hint}")
+
 def attend(
     q:Tensor, # (bs, nq, d) query vectors
     k:Tensor, # (bs, nk, d) key vectors
@@ -236,8 +247,8 @@ def attend(
     if _lists and not torch.compiler.is_compiling():
         for ran in _lists: ran.append(Ran(name, why, str(q.device), v.dtype, *q.shape[:2], k.shape[1], q.shape[2], v.shape[2]))
     compute = _recorded if why is RECORDED else _backends[name]
-    if why is RECORDED and not torch.is_autocast_enabled(q.device.type): return compute(q, k, v, float(scale))     # nothing to record
-    with no_autocast(q): return compute(q, k, v, float(scale))
+    if why is RECORDED and not torch.is_autocast_enabled(q.device.type): return compute(q, k, v, _number(scale))     # nothing to record
+    with no_autocast(q): return compute(q, k, v, _number(scale))
 
 # %% ../../nbs/api/attention/ops.ipynb #112c4400
 def dot_attend(

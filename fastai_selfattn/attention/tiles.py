@@ -271,7 +271,8 @@ def _fold(apply, info, in_dims, args):
     return tuple(t.unflatten(0, (info.batch_size,-1)) for t in out),(0,)*len(out)
 
 class Attend(Function):
-    forward = staticmethod(lambda *args: attend_op(*args))
+    @staticmethod
+    def forward(q, k, v, scale, max_bytes): return attend_op(q, k, v, scale, max_bytes)     # one by one: `torch.compile` counts them
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -290,7 +291,8 @@ class Attend(Function):
     def vmap(info, in_dims, *args): return _fold(Attend.apply, info, in_dims, args)
 
 class AttendGrad(Function):
-    forward = staticmethod(lambda *args: grad_op(*args))
+    @staticmethod
+    def forward(q, k, v, o, lse, do, scale, max_bytes): return grad_op(q, k, v, o, lse, do, scale, max_bytes)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

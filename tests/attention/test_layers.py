@@ -753,6 +753,13 @@ def test_compile_the_tiled_kernel_in_one_graph():
     compiled_as_eager(SelfAttention, 'aot_eager', sizes=((29, 31), (37, 23)))
 
 @tiles_compile
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+def test_a_compiled_large_map_without_gradients(mode):
+    "As every validation has it"
+    layer, x = SelfAttention(8, gamma=1.).eval(), torch.rand(1, 8, 30, 34)
+    with attention_backend('tiled'), mode(): assert rel(torch.compile(layer, backend='eager', fullgraph=True)(x), layer(x)) < 1e-6
+
+@tiles_compile
 @pytest.mark.skipif(not (shutil.which('c++') or shutil.which('g++') or shutil.which('clang++')), reason='inductor compiles C++, and there is no C++ compiler here')
 def test_compile_with_inductor():
     with attention_backend('tiled'): compiled_as_eager(SelfAttention, 'inductor', sizes=((5, 7),))

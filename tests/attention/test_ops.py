@@ -1,6 +1,8 @@
 "`ops` against the plain formula, over shapes, dtypes and memory layouts that the lessons do not show"
 import math
+import threading
 
+import numpy as np
 import pytest
 import torch
 from conftest import Largest, named
@@ -633,6 +635,28 @@ def test_budgets_nest():
         assert (ops._backend, ops._max_bytes) == ('tiled', 2**20)
         attend(*inputs(1, 5, 7, 3, 4), max_bytes=2**15)
         assert (ops._backend, ops._max_bytes) == ('tiled', 2**20)
+
+def test_blocks_of_two_threads_end_in_any_order():
+    "One that began first and ends first takes its own away, and leaves nothing behind"
+    begun, both = threading.Event(), threading.Event()
+    def first():
+        with attention_backend('tiled', 2**20): begun.set(), both.wait()
+    thread = threading.Thread(target=first)
+    thread.start(), begun.wait()
+    with attention_backend('math'):
+        both.set(), thread.join()
+        assert (ops._backend, ops._max_bytes) == ('math', None)
+    assert (ops._backend, ops._max_bytes, len(ops._asked)) == ('auto', None, 1)
+
+@pytest.mark.parametrize('scale,says', [(None, 'got NoneType$'), ('1', 'got str$'), (torch.ones(4), 'got Tensor: multiply `q` by it'), (torch.nn.Parameter(torch.tensor(.5)), '.* gets gradients')], ids=str)
+def test_a_scale_is_a_number(scale, says):
+    "A tensor that is trained would get no gradient"
+    with pytest.raises(TypeError, match=f'`scale` must be a number, {says}'): attend(*inputs(1, 5, 7, 3, 4), scale)
+
+def test_a_scale_of_any_kind_of_number():
+    qkv = inputs(1, 5, 7, 3, 4)
+    for scale in (.5, np.float32(.5), torch.tensor(.5), torch.tensor([.5])): assert attend(*qkv, scale).equal(attend(*qkv, .5))
+    assert attend(*qkv, True).equal(attend(*qkv))
 
 def test_a_budget_in_compiled_code():
     "Its number is a constant of the graph, and another one is compiled anew"

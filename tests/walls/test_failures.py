@@ -83,6 +83,12 @@ def test_a_link_stays_a_link(tmp_path):
     with whole_file(tmp_path/'link.txt') as f: f.write_text('x')
     assert (tmp_path/'link.txt').is_symlink() and (tmp_path/'store'/'real.txt').read_text() == 'x'
 
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path):
+    "Nor is /dev/null, where Python may"
+    os.mkfifo(tmp_path/'pipe')
+    with pytest.raises(NotWritten, match='a device or a pipe'), whole_file(tmp_path/'pipe') as f: f.write_text('x')
+    assert (tmp_path/'pipe').is_fifo() and [p.name for p in tmp_path.iterdir()] == ['pipe']
+
 def test_ctrl_c_waits_for_the_end_of_a_block_and_then_comes():
     did = []
     with pytest.raises(KeyboardInterrupt):
