@@ -38,11 +38,11 @@ def file_path(
 def whole_file(
     file:str|Path, # to be written, over one that is there
 )->Iterator[Path]: # the name to write to, in the same folder and with the same ending
-    "A file that is there when the block has ended well, and as it was before if not; `OSError` without its folder, or if it is one, or a device"
+    "A file that is there when the block has ended well, and as it was before if not; `OSError` without its folder, or if it is no file"
     file_path(file)
     file = Path(os.path.realpath(file))     # a link stays a link
     if file.is_dir(): raise IsADirectoryError(f"{file} is a folder: give the name of a file in it")
-    if file.exists() and not file.is_file(): raise OSError(f"{file} is a device or a pipe, which a file would replace: give another name")
+    if file.exists() and not file.is_file(): raise OSError(f"{file} is a device or a pipe, not to be replaced: give another name")
     if not file.parent.is_dir(): raise FileNotFoundError(f"no folder {file.parent} to write {file.name} into: make it first")
     ending = file.suffix or '.part'     # PyTorch takes no name that begins with a full stop and has no other
     new = file.with_name(f'.unfinished-{secrets.token_hex(8)}{ending}')     # several may be under way at once

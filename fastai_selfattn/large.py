@@ -239,6 +239,18 @@ def _check_windows(model, look, channels):
             raise ValueError("besides attention, what this model computes depends on where in the picture a window lies "
                              "(coordinates, a flip, borders that wrap around): windows cannot be exact")
 
+def _check_finish(model, raw):
+    "`ValueError` if what the loss makes of a map, `raw` (1, classes, h, w), is something else for a part of it"
+    whole = model.finished(raw)
+    def is_local(dim):
+        half = raw.shape[dim]//2
+        part = model.finished(raw.narrow(dim, 0, half))
+        want = whole.narrow(dim-4, 0, half)     # numbers of classes have no dimension of classes
+        return part.shape == want.shape and torch.allclose(part.float(), want.float(), 1e-3, 1e-5, equal_nan=True)
+    if whole.shape[-2:] != raw.shape[-2:] or not (is_local(2) and is_local(3)):
+        raise ValueError("what this Learner's loss makes of an output depends on the whole picture, as a softmax over its width does: "
+                         "windows cannot be exact. Use output='raw', and the loss's `activation` on what comes")
+
 # %% ../nbs/api/large.ipynb #0be88d62
 _GO_TO,_ATTENDS,_LAST = 'windows up to','attention of','windows to the prediction'
 
@@ -305,7 +317,7 @@ def predict_large(
     max_bytes:int=2**32, # for all tensors together; the model's weights and PyTorch itself come on top
     output:str='probs', # 'probs' as the loss's `activation` makes them, 'classes' as its `decodes` does, or 'raw'
     progress:bool=True, # a progress bar, if there is somebody to see it
-)->Tensor: # (classes, h, w), or (h, w) for 'classes', on the CPU
+)->Tensor: # (classes, h, w), or what `decodes` makes of that for 'classes', (h, w) if it chooses one, on the CPU
     "What the model predicts for the whole picture at once, in bounded memory; `ValueError` if that cannot be, with what it takes"
     max_bytes, = check_whole(tiles.LEAST, 'bytes', max_bytes=max_bytes)
     check_type(bool, 'True or False', progress=progress)
@@ -315,9 +327,12 @@ def predict_large(
     picture = _extended(given, look.unit)
     size = tuple(picture.shape[1:])
     with torch.no_grad(), _stand_ins({m: lambda x: x for m in look.layers.values()}):
-        example = model(_values(picture[None, :, :8*look.unit, :8*look.unit]))
+        raw = model.raw(_values(picture[None, :, :8*look.unit, :8*look.unit]))
+        _check_finish(model, raw)
+        example = model.finished(raw)
     prediction = example.element_size()*example[0].numel()//math.prod(example.shape[-2:])*math.prod(size)
     width,spare = _fit(look, model, size, len(picture), picture.element_size()*picture.numel() + prediction, max_bytes)
     model = model.to(next(learn.model.parameters()).device)
-    with _progress(look, progress and (IN_NOTEBOOK or sys.stdout.isatty())) as at, attention_backend(max_bytes=spare):
+    shown = _progress(look, progress and (IN_NOTEBOOK or sys.stdout.isatty()))
+    with shown as at, attention_backend(max_bytes=spare), tiles.no_autocast(next(model.parameters())):
         return _predict(model, look, picture, width, at)[..., :given.shape[1], :given.shape[2]]

@@ -165,6 +165,87 @@ def test_what_changes_pictures_at_validation_is_no_secret(tfms, says):
     else: Deployed(learn)
     assert torch.get_rng_state().equal(state)
 
+class Other(Normalize):
+    "Of another formula"
+    def encodes(self, x:TensorImage): return (x-self.mean)/self.std*2
+
+class Same(Normalize): "A subclass that changes nothing"
+
+def normalize(cls=Normalize): return cls(torch.tensor([.2, .3, .4])[None, :, None, None], torch.tensor([.5, .6, .7])[None, :, None, None])
+
+def tensor_learner(kind, tfms):
+    "A Learner of batches of class `kind`, and pictures before transforms"
+    pictures = torch.rand(4, 3, 10, 12, generator=torch.Generator().manual_seed(1))
+    dl = DataLoader([(x.as_subclass(kind), torch.tensor(0)) for x in pictures], bs=2)
+    dl.after_batch = Pipeline(tfms)
+    dl.after_batch.split_idx = 1
+    torch.manual_seed(0)
+    return Learner(DataLoaders(dl, dl), nn.Sequential(nn.Conv2d(3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), loss_func=CrossEntropyLossFlat()), pictures
+
+@pytest.mark.parametrize('kind', [TensorImage, torch.Tensor], ids=named)
+@pytest.mark.parametrize('cls', [Normalize, Same], ids=named)
+def test_normalisation_is_what_pictures_of_their_class_get(kind, cls):
+    "fastai's `Normalize` leaves plain tensors alone"
+    learn, pictures = tensor_learner(kind, [normalize(cls)])
+    x = pictures if kind is torch.Tensor else (pictures-torch.tensor([.2, .3, .4])[:, None, None])/torch.tensor([.5, .6, .7])[:, None, None]
+    with torch.no_grad(): torch.testing.assert_close(Deployed(learn)(pictures), learn.model.eval()(x).softmax(-1))
+
+@pytest.mark.parametrize('tfms', [lambda: [normalize(), normalize()], lambda: [normalize(Other)]], ids=['two', 'other'])
+def test_another_normalisation_is_refused(tfms):
+    with pytest.raises(ValueError, match='one `Normalize` alone'): Deployed(tensor_learner(TensorImage, tfms())[0])
+    Deployed(tensor_learner(torch.Tensor, tfms())[0])
+
+class Sized(nn.Module):
+    "What depends on the size of a picture"
+    def __init__(self, f):
+        super().__init__()
+        self.conv, self.f = nn.Conv2d(3, 4, 3, padding=1), f
+    def forward(self, x): return self.f(self.conv(x))
+
+@pytest.mark.parametrize('f,program,onnx', [
+    (lambda x: x+torch.linspace(0, 1, x.shape[3]), 'bs h', 'bs h'),                                 # fixed, though a symbol stands there
+    (lambda x: x*int(x.shape[2]), 'bs w', 'bs w'),
+    (lambda x: x/(x.shape[2]*x.shape[3])**.5 if x.shape[2]*x.shape[3] == 480 else x, 'bs', 'bs'),   # one guard over both
+    (lambda x: x+nn.functional.interpolate(nn.functional.adaptive_avg_pool2d(x, 3), size=x.shape[2:]), 'bs h w', 'bs'),
+    (lambda x: x+nn.functional.adaptive_avg_pool2d(x, 1), 'bs h w', 'bs h w'),
+    (lambda x: x+nn.functional.interpolate(nn.functional.max_pool2d(x, 2), scale_factor=2), 'bs h w', 'bs h w')],
+    ids=['linspace', 'int', 'area', 'pool to 3', 'pool to 1', 'even'])
+def test_sides_are_open_where_other_numbers_give_the_right_answer(f, program, onnx, one_registry, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    learn, _ = classifier(nn.CrossEntropyLoss(), Sized(f), normalize=False)
+    to_program(learn, tmp_path/'m.pt2', size=(20, 24)), to_onnx(learn, tmp_path/'m.onnx', size=(20, 24))
+    torch.export.load(tmp_path/'m.pt2', extra_files=(extra := {'about.json': ''}))
+    session = onnxruntime.InferenceSession(tmp_path/'m.onnx')
+    about = [json.loads(t)['dynamic'] for t in (extra['about.json'], session.get_modelmeta().custom_metadata_map['about'])]
+    assert about == [program.split(), onnx.split()]
+    sides = [20, 24]
+    assert [s if isinstance(s, int) else 'open' for s in session.get_inputs()[0].shape[2:]] == [n if side not in onnx else 'open' for n, side in zip(sides, 'hw')]
+    for h, w in ((20, 24), (40, 24), (20, 48), (26, 30)):
+        if (h == 20 or 'h' in onnx) and (w == 24 or 'w' in onnx):
+            x = torch.rand(3, 3, h, w)
+            with torch.no_grad(): np.testing.assert_allclose(session.run(None, {'picture': x.numpy()})[0], Deployed(learn)(x), atol=1e-5)
+
+def test_files_written_inside_autocast_hold_none_of_it(one_registry, tmp_path):
+    learn, x = attentive((12, 16))
+    with torch.autocast('cpu', torch.bfloat16):
+        program = to_program(learn, tmp_path/'m.pt2', size=(12, 16))
+        to_torchscript(learn, tmp_path/'m.pt', size=(12, 16)), to_onnx(learn, tmp_path/'m.onnx', size=(12, 16))
+    with torch.no_grad():
+        want = Deployed(learn)(x)
+        for f in (program.module(), torch.export.load(tmp_path/'m.pt2').module(), torch.jit.load(tmp_path/'m.pt')): torch.testing.assert_close(f(x), want, atol=1e-5, rtol=1e-4)
+
+def test_onnx_names_the_packages_that_it_needs(tmp_path, monkeypatch):
+    learn, _ = classifier(CrossEntropyLossFlat())
+    monkeypatch.setattr(export_module, 'find_spec', lambda name: name != 'onnxscript')
+    with pytest.raises(ImportError, match='pip install onnx onnxscript'): to_onnx(learn, tmp_path/'m.onnx')
+    assert not list(tmp_path.iterdir())
+
+def test_batches_of_something_else_than_pictures(tmp_path):
+    dl = DataLoader([(torch.rand(3, 8), torch.tensor(0))]*4, bs=2)
+    learn = Learner(DataLoaders(dl, dl), nn.Conv1d(3, 2, 1), loss_func=CrossEntropyLossFlat())
+    for write in (to_program, to_onnx, to_torchscript):
+        with pytest.raises(ValueError, match=r'pictures \(bs, c, h, w\) are wanted, a batch of this Learner\'s is \(2, 3, 8\)'): write(learn, tmp_path/'m')
+
 def test_pictures_of_one_channel(tmp_path):
     "Also of a Learner without data"
     dls, _ = pictures_dls()

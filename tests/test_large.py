@@ -9,7 +9,8 @@ from conftest import named
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
+from fastai.torch_core import TensorImage
+from fastai.losses import BaseLoss, CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader as TorchLoader
@@ -153,6 +154,8 @@ def test_files_images_and_bytes(tmp_path):
 
 def test_normalisation_is_inside():
     learn = learner()
+    dl = TorchLoader([(TensorImage(torch.rand(3, 8, 8)), torch.zeros(8, 8, dtype=torch.long))]*2, 2)
+    learn.dls = DataLoaders(dl, dl)
     learn.dls.after_batch = type('Pipe', (), dict(fs=[Normalize.from_stats([.2, .3, .4], [.5, .6, .7], cuda=False)]))()
     x = picture(24, 36)
     got, without = predict_large(learn, x, progress=False), predict_large(learner(), x, progress=False)
@@ -248,6 +251,24 @@ def test_what_depends_on_where_a_window_lies_is_refused(first):
     torch.manual_seed(1)
     learn = learner(nn.Sequential(first, Net()))
     with pytest.raises(ValueError, match='windows cannot be exact'): predict_large(learn, torch.rand(3, 96, 96), progress=False)
+
+class Heat(BaseLoss):
+    "A keypoint is a softmax over the picture"
+    def __init__(self): super().__init__(nn.MSELoss, flatten=False, floatify=True)
+    def activation(self, x): return x.flatten(2).softmax(-1).view_as(x)
+
+@pytest.mark.parametrize('loss', [Heat, lambda: LabelSmoothingCrossEntropyFlat(axis=1)], ids=['heat', 'fastais slip'])
+@pytest.mark.parametrize('output', ['probs', 'classes'])
+def test_an_activation_that_looks_over_the_picture_is_refused(loss, output):
+    "fastai's label smoothing takes the softmax over the last dimension, whatever `axis` is"
+    learn, x = learner(loss=loss()), picture(48, 64)
+    with pytest.raises(ValueError, match="use output='raw'|Use output='raw'|no `decodes`"): predict_large(learn, x, output=output, progress=False)
+    assert predict_large(learn, x, output='raw', progress=False).equal(predict_large(learner(), x, output='raw', progress=False))
+
+def test_autocast_changes_nothing():
+    learn, x = learner(), picture(48, 64)
+    want = predict_large(learn, x, progress=False)
+    with torch.autocast('cpu', torch.bfloat16): assert predict_large(learn, x, progress=False).equal(want)
 
 class Strided(nn.Module):
     def __init__(self, down, up):
