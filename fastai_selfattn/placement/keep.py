@@ -190,7 +190,7 @@ def load_attention(
     with ExitStack() as undo:
         done = {}
         for l,new in zip(about['layers'], made):
-            path = _put(model, _site(l), l['how'], new, undo)
+            path = _put(model, _site(l), l['how'], new, undo, l['hooked'].count('.'))     # as far below the module as it was
             done[path] = new.attention_place.site
         if list(done) != list(given): raise ValueError(f"the layers of {fname} were at {', '.join(given)}, and came to {', '.join(done)}")
         for unet in unets(model): _remember(undo, unet._forward_hooks, unet._forward_hooks_always_called)

@@ -1,6 +1,6 @@
 "Attention in a file of its own, into the same model again; training nothing but attention"
 import copy, warnings
-import pytest, torch
+import pytest, timm, torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.layers import NormType
@@ -70,6 +70,19 @@ def test_into_the_same_model_again(tmp_path, way, with_learner):
         assert all(a != m.gamma for a, m in zip(before, inserted_layers(other.model).values()))
     remove_attention(other.model)
     assert list(other.model.state_dict()) == list(net().state_dict())
+
+@pytest.mark.parametrize('where', ['s2', ['s2', 's1', 's2.b1.conv1']], ids=str)
+def test_layers_that_a_hook_sends_for_from_further_down(tmp_path, where):
+    "timm's RegNet stages go over their children"
+    torch.manual_seed(1)
+    model = timm.create_model('regnetx_002', num_classes=3)
+    other = copy.deepcopy(model)
+    paths = insert_attention(model, where, size=64, gamma=.5)
+    assert any(p.startswith('s2.b1.attention') for p in paths)
+    assert sorted(load_attention(other, save_attention(model, tmp_path/'a'))) == sorted(paths)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(other.eval()(x), model.eval()(x))
+    assert sorted(remove_attention(other)) == sorted(paths)
 
 class Derived(SelfAttention): pass
 
