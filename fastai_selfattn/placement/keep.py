@@ -28,9 +28,10 @@ from ..attention import kinds
 from ..files import file_path, whole_file
 from .insert import _compile_anew, _put, _remember, _report
 from .optim import inserted_layers, watch
+from .price import check_layer, layer_name, make_layer
 from .sites import Site
 from .skips import let_go, unets
-from ..quiet import bare_model, model_and_learner
+from ..quiet import bare_model, model_and_learner, random_kept
 
 # %% ../../nbs/api/placement/keep.ipynb #23cac1f1
 def _class_name(cls): return f'{cls.__module__}.{cls.__qualname__}'
@@ -140,16 +141,23 @@ def _read(fname):
 
 def _below(path, tensors): return {n.removeprefix(f'{path}.'):t for n,t in tensors.items() if n.startswith(f'{path}.')}
 
+def _from(layer, about):
+    "What `layer` makes in the place that `about` tells of; random numbers go on as if it had made none"
+    try:
+        with random_kept(): return make_layer(layer, _site(about), {})
+    except Exception as e: raise ValueError(f"{layer_name(layer)} made no layer for {about['path']}: {type(e).__name__}: {e}") from e
+
 def _filled(model, about, given, layer):
     "A layer as `about` says, with the tensors in `given`"
     if about['class'] not in _known() and layer is None:
         raise ValueError(f"the file has a {about['class']}, a class that is not known: make it known with `register_attention`, "
                          "or give `layer`, which makes one from its channels")
-    new = _again(about) if about['class'] in _known() else layer(about['site']['channels'])
+    new = _again(about) if about['class'] in _known() else _from(layer, about)
     host = model.get_submodule(about['site']['path'])
     like = next((p for p in (*host.parameters(), *model.parameters()) if p.is_floating_point()), None)
     if like is not None: new.to(device=like.device, dtype=like.dtype)
-    new.load_state_dict(given)
+    try: new.load_state_dict(given)
+    except RuntimeError as e: raise ValueError(f"the layer for {about['path']} is not as the one that was saved: {e}") from e
     return new.train(host.training)
 
 def _is_as(layer, about, given):
@@ -171,7 +179,8 @@ def load_attention(
 )->list[str]: # paths of the layers
     "Put the attention layers of a file into the model they came from; `ValueError` if it is another, and then nothing has changed"
     (model,learn),fname = model_and_learner(model),file_path(fname)
-    if not fname.exists(): fname = _with_suffix(fname)     # by which `save_attention` wrote it
+    if layer is not None: check_layer(layer)
+    if not fname.is_file(): fname = _with_suffix(fname)     # by which `save_attention` wrote it
     about,tensors = _read(fname)
     model,there = bare_model(model),inserted_layers(bare_model(model))
     given = {l['path']:_below(l['path'], tensors) for l in about['layers']}

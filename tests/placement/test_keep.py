@@ -1,6 +1,7 @@
 "Attention in a file of its own, into the same model again; training nothing but attention"
 import copy, warnings
 import pytest, timm, torch
+from conftest import named
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.layers import NormType
@@ -149,6 +150,30 @@ def test_a_class_that_is_not_known(tmp_path):
     with pytest.raises(ValueError, match='Mine, a class that is not known.*register_attention'): load_attention(net(), fname)
     load_attention(other := net(), fname, layer=Mine)
     assert torch.equal(other.eval()(X), model.eval()(X))
+
+def says_x(c): return 'x'
+def a_conv(c): return nn.Conv2d(c, c, 1)
+
+@pytest.mark.parametrize('layer,error,says', [(3, TypeError, '`layer` must be a class of layers.*got 3'), (Mine(24), TypeError, '`layer` must be a class of layers'), (says_x, ValueError, 'says_x made no layer for mid.attention: TypeError: it gave a str'),
+                                              (lambda: 0, ValueError, 'made no layer for mid.attention: TypeError'), (a_conv, ValueError, 'for mid.attention is not as the one that was saved')], ids=named)
+@pytest.mark.parametrize('is_known', [False, True])
+def test_what_makes_no_layer_is_refused(tmp_path, layer, error, says, is_known):
+    model = net()
+    insert_attention(model, 'mid', size=(12, 20), **{} if is_known else dict(layer=Mine))
+    fname, other = save_attention(model, tmp_path/'a'), net()
+    before, random = state(other), torch.get_rng_state()
+    if is_known and error is ValueError: assert load_attention(other, fname, layer=layer) == ['mid.attention']     # it is not called
+    else:
+        with pytest.raises(error, match=says): load_attention(other, fname, layer=layer)
+        assert same(state(other), before)
+    assert torch.equal(torch.get_rng_state(), random)
+
+def test_a_folder_of_the_same_name(tmp_path):
+    model = net()
+    insert_attention(model, 'mid', size=(12, 20))
+    save_attention(model, tmp_path/'a')
+    (tmp_path/'a').mkdir()
+    assert load_attention(net(), tmp_path/'a') == ['mid.attention']
 
 def test_what_cannot_be_kept_is_named_and_the_file_of_before_stays(tmp_path, monkeypatch):
     model = net()
