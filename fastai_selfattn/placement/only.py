@@ -53,10 +53,12 @@ class OnlyAttention(Callback):
 
     def flags(self):
         "Each parameter, and whether it was to be trained before"
-        for place in (layer.attention_place for layer in inserted_layers(self.learn.model).values()):
-            for old in place.old:     # what was frozen and then replaced must not come back frozen
-                for name,p in old.named_parameters(): yield p,self.flags_before.get(f'{place.site.path}.{name}', p.requires_grad)
-        for name,p in self.learn.model.named_parameters(): yield p,self.flags_before.get(name, True)
+        return {p:True for p in self.learn.model.parameters()} | self.flags_before     # no names: one may be of several in turn
+
+def _parameters(model):
+    "All of `model`, with those of the modules that attention has replaced, which may come back"
+    replaced = [old for layer in inserted_layers(model).values() for old in layer.attention_place.old]
+    return [p for m in (model,*replaced) for p in m.parameters()]
 
 # %% ../../nbs/api/placement/only.ipynb #c0ffa7e8
 def train_attention_only(
@@ -74,7 +76,7 @@ def train_attention_only(
         if getattr(learn, 'opt', None) and not trained <= {p for g in learn.opt.param_lists for p in g}:
             raise ValueError("the optimizer does not know all of the attention: put it in with `learn.insert_attention`, "
                              "or make a new optimizer with `learn.create_opt()`")
-        flags = {name:p.requires_grad for name,p in learn.model.named_parameters()}
+        flags = {p:p.requires_grad for p in _parameters(learn.model)}
         cb = OnlyAttention(None if layers is None else list(chosen), flags)     # None: also what is inserted meanwhile
         undo.callback(learn.remove_cb, cb)
         learn.add_cb(cb)
@@ -85,7 +87,7 @@ def train_attention_only(
 
 def _end(learn, cb, undo):
     "Let what `cb` froze train again; `undo` gets what takes each step back"
-    for p,flag in list(cb.flags()):
+    for p,flag in cb.flags().items():
         undo.callback(p.requires_grad_, p.requires_grad)
         p.requires_grad_(flag)
     undo.callback(setattr, learn, 'cbs', learn.cbs.copy())     # in their order

@@ -1,5 +1,5 @@
 "Attention in a file of its own, into the same model again; training nothing but attention"
-import copy, warnings
+import copy, pickle, warnings
 import pytest, timm, torch
 from conftest import named
 from fastai.data.core import DataLoaders
@@ -257,6 +257,12 @@ def test_only_attention_trains(tmp_path, capsys):
     assert not torch.equal(learn.model.stem[0].weight, before['stem.0.weight']) and not torch.equal(learn.model.stem[1].running_mean, before['stem.1.running_mean'])
     with pytest.raises(ValueError, match='nothing to undo'): learn.train_all()
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gamma = nn.Conv2d(24, 24, 1), nn.Parameter(torch.ones(1))
+    def forward(self, x): return self.gamma*self.conv(x)
+
 @pytest.mark.parametrize('is_replaced_first', [False, True])
 def test_what_was_replaced_meanwhile_does_not_come_back_frozen(is_replaced_first):
     learn = learner()
@@ -268,6 +274,21 @@ def test_what_was_replaced_meanwhile_does_not_come_back_frozen(is_replaced_first
     learn.train_all()
     learn.remove_attention()
     assert {n: p.requires_grad for n, p in learn.model.named_parameters()} == flags and not flags['mid.bias']
+
+@pytest.mark.parametrize('acts', [('only', 'remove', 'all'), ('only', 'all', 'remove'), ('remove', 'only', 'all')], ids='-'.join)
+@pytest.mark.parametrize('copied', [lambda l: l, copy.deepcopy, lambda l: pickle.loads(pickle.dumps(l))], ids=['same', 'copy', 'pickle'])
+def test_what_was_frozen_and_replaced_stays_frozen(acts, copied):
+    "`Scaled` has a `gamma` too, at the name that attention's has while it stands there"
+    learn = learner()
+    learn.model.mid = Scaled().requires_grad_(False)
+    flags = {n: p.requires_grad for n, p in learn.model.named_parameters()}
+    learn.insert_attention('stem')
+    learn.insert_attention('mid', 'replace')
+    for act in acts:
+        dict(only=learn.train_attention_only, remove=lambda: learn.remove_attention('mid'), all=learn.train_all)[act]()
+        if act == 'only': learn = copied(learn)
+    now = {n: p.requires_grad for n, p in learn.model.named_parameters() if not n.startswith('stem.3')}
+    assert now == flags and not flags['mid.gamma']
 
 def test_when_the_attention_that_trained_alone_is_gone_predictions_go_on_and_training_says_what_to_do():
     learn = learner()
