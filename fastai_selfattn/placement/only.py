@@ -18,6 +18,7 @@ from fastai.optimizer import Lookahead
 
 from ..attention.kinds import attention_layers, choose_layers, layer_names
 from .optim import inserted_layers, regroup
+from ..quiet import check_type
 
 # %% ../../nbs/api/placement/only.ipynb #b8380957
 class OnlyAttention(Callback):
@@ -66,6 +67,7 @@ def train_attention_only(
     layers:str|Sequence[str]=None, # names or patterns of layers; if None all attention layers, those that are inserted meanwhile too
 ):
     "Freeze all but attention, until `train_all`, and report the trained share; `ValueError` as `choose_layers`"
+    check_type(Learner, 'a Learner', learn=learn)
     chosen = choose_layers(learn, layers)
     trained = {p for l in chosen.values() for p in l.parameters()}
     with ExitStack() as undo:
@@ -99,6 +101,7 @@ def train_all(
     learn:Learner, # after `train_attention_only`
 ):
     "Undo `train_attention_only`: what was frozen before stays so, all else trains again; `ValueError` if there is nothing to undo"
+    check_type(Learner, 'a Learner', learn=learn)
     cb = next((cb for cb in learn.cbs if isinstance(cb, OnlyAttention)), None)
     if cb is None: raise ValueError("there is nothing to undo: `train_attention_only` was not called")
     with ExitStack() as undo:

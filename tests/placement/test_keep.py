@@ -14,7 +14,7 @@ from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAtten
 from fastai_selfattn.placement.insert import insert_attention, remove_attention
 from fastai_selfattn.placement.keep import load_attention, save_attention
 from fastai_selfattn.placement.optim import inserted_layers
-from fastai_selfattn.placement.only import OnlyAttention
+from fastai_selfattn.placement.only import OnlyAttention, train_all, train_attention_only
 import fastai_selfattn.learner  # noqa: F401
 
 X = torch.randn(2, 3, 12, 20, generator=torch.Generator().manual_seed(3))
@@ -391,3 +391,9 @@ def test_attention_that_is_inserted_meanwhile_trains_where_all_was_meant(layers)
     learn.train_all()
     fit(learn)
     assert new.gamma.item() != .5 and not torch.equal(learn.model.stem[0].weight, conv)
+
+@pytest.mark.parametrize('act', [train_attention_only, train_all])
+def test_only_a_learner_trains(act):
+    model = net()
+    insert_attention(model, 'mid', size=(12, 20))
+    with pytest.raises(TypeError, match='`learn` must be a Learner, got Net'): act(model)
