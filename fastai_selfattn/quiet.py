@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from functools import partial
 from numbers import Integral, Real
 
 import numpy as np
@@ -84,16 +85,21 @@ def as_before(
         for m,w in weights: m.weight = w
 
 # %% ../nbs/api/quiet.ipynb #4f07909f
+def random_now()->Callable[[],None]: # lets random numbers go on from where they are now
+    "Where random numbers are: Python's, numpy's, and PyTorch's on the CPU and on GPUs in use"
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()     # where fastai's augmentation draws
+    states = [(random.setstate,random.getstate()), (np.random.set_state,np.random.get_state()), (torch.set_rng_state,torch.get_rng_state())]
+    states += [(partial(torch.cuda.set_rng_state, device=i),torch.cuda.get_rng_state(i)) for i in gpus]
+    def put_back():
+        for put,state in states: put(state)
+    return put_back
+
 @contextmanager
 def random_kept()->Iterator[None]:
-    "Afterwards random numbers go on as if none had been drawn: Python's, numpy's, and PyTorch's on the CPU and on GPUs in use"
-    states = random.getstate(),np.random.get_state()
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()     # where fastai's augmentation draws
-    try:
-        with torch.random.fork_rng(devices=list(gpus)): yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+    "Afterwards random numbers go on as if none had been drawn"
+    put_back = random_now()
+    try: yield
+    finally: put_back()
 
 # %% ../nbs/api/quiet.ipynb #91b2344b
 _plain = bool,int,float,str,type(None)

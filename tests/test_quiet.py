@@ -2,7 +2,6 @@
 import copy
 import math
 import random
-from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -288,8 +287,9 @@ def test_whole_numbers_name_what_they_count():
 def test_random_numbers_of_gpus_in_use_are_kept_too(monkeypatch, in_use):
     "fastai's augmentation draws where the batch is"
     kept = []
-    monkeypatch.setattr(torch.random, 'fork_rng', lambda devices: kept.append(devices) or nullcontext())
+    monkeypatch.setattr(torch.cuda, 'get_rng_state', lambda i: f'state of {i}')
+    monkeypatch.setattr(torch.cuda, 'set_rng_state', lambda state, device: kept.append((state, device)))
     monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: in_use)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     with random_kept(): pass
-    assert kept == [[0, 1] if in_use else []]
+    assert kept == ([('state of 0', 0), ('state of 1', 1)] if in_use else [])

@@ -24,7 +24,7 @@ from .optim import AttentionHooks, inserted_layers, watch
 from .price import check_layer, layer_name, make_layer, try_layer
 from .sites import Site, Sites, find_sites, unet_blocks
 from .skips import let_go, unets
-from ..quiet import model_and_learner
+from ..quiet import model_and_learner, random_now
 
 # %% ../../nbs/api/placement/insert.ipynb #4534533d
 def _through(layer, x, axis):
@@ -247,10 +247,11 @@ def insert_attention(
     chosen,left_out = [s for s in found if not s.reason],[s for s in found if s.reason]
     _check_places(model, chosen, how)
     channels_last = _is_channels_last(model)
-    made = [_make(layer, s, model.get_submodule(s.path), channels_last, layer_args) for s in chosen]
-    is_changed = how == 'append' and any(is_identity is False for _,is_identity in made)
-    note = 'It does not start as the identity: predictions change' if is_changed else ''
     with ExitStack() as undo:
+        undo.callback(random_now())
+        made = [_make(layer, s, model.get_submodule(s.path), channels_last, layer_args) for s in chosen]
+        is_changed = how == 'append' and any(is_identity is False for _,is_identity in made)
+        note = 'It does not start as the identity: predictions change' if is_changed else ''
         done = {_put(model, s, how, new, undo):s for s,(new,_) in zip(chosen, made)}
         for unet in unets(model): _remember(undo, unet._forward_hooks, unet._forward_hooks_always_called)
         let_go(model)

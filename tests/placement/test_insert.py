@@ -1,10 +1,12 @@
 "Attention into a model and out again: not a bit of a prediction changes, a Learner goes on as its user expects, and what fails leaves no trace"
 import copy
 import pickle
+import random
 from collections import OrderedDict
 from functools import partial
 
 import fastai.layers
+import numpy as np
 import pytest
 import timm
 import torch
@@ -347,6 +349,23 @@ def test_a_layer_that_does_not_fit(layer, args, says, how):
     where = 'stem' if how == 'append' else '1'
     with pytest.raises(ValueError, match=says if how == 'append' else says.replace('stem', '1')): insert_attention(model, where, how, layer=layer, size=SIZE, **args)
     assert tree(model) == before
+
+
+def draws(): return random.random(), np.random.rand(), torch.rand(1).item()
+
+def only_24(c):
+    draws()
+    if c != 24: raise ValueError('only 24')
+    return SelfAttention(c)
+
+@pytest.mark.parametrize('where,layer', [('down', only_24), (['stem', 'down'], only_24), ('stem', too_few), ('stem', lambda c: cropped(5)(c)), (['stem', 'head.0'], SelfAttention)], ids=named)
+def test_what_is_refused_draws_no_random_numbers(where, layer):
+    model = plain()
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    want = draws()
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    with pytest.raises(ValueError): insert_attention(model, where, layer=layer, size=SIZE)
+    assert draws() == want
 
 
 def test_too_few_channels_for_fastais_layer():
