@@ -69,7 +69,7 @@ def _append(host, layer, undo, axis=1, deeper=0):
         return str(len(host)-1),False
     keeper,path = host,''
     while deeper > 0 or isinstance(keeper, (nn.Sequential,nn.ModuleDict,nn.ModuleList)):
-        children = [(name,m) for name,m in keeper._modules.items() if m is not None]
+        children = [(name,m) for name,m in keeper._modules.items() if m is not None and not isinstance(m, torch.jit.ScriptModule)]
         if not children: break
         last,keeper = children[-1]
         path,deeper = f'{path}{last}.',deeper-1
@@ -159,6 +159,9 @@ def _check_places(model, sites, how):
         other = numbers.setdefault(s.number, s)
         if other is not s: raise ValueError(f"{other.path} and {s.path} give the very same map, so they are one place: choose one of them")
         if how == 'replace': _check_replace(model, s, sites)
+        elif isinstance(model.get_submodule(s.path), torch.jit.ScriptModule):
+            raise ValueError(f"nothing can be put behind {s.name} ({s.path}), a TorchScript module: "
+                             "insert attention before scripting or tracing it, or use how='replace'")
 
 def _check_replace(model, s, sites):
     "Raise unless attention can take the place of the module at `s`, one of `sites`"

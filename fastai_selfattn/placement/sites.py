@@ -125,8 +125,8 @@ def _opens(module, path, calls, nd):
     "Rule 1: whether the places inside `module` are listed too"
     if is_attention(module): return False
     if '_orig_mod' in module._modules: return True     # a part that `torch.compile` has wrapped
-    gives_no_tensor = path not in calls or not calls[path][-1].out
-    return gives_no_tensor or type(module).forward is nn.Sequential.forward or _is_whole(path, calls, nd)
+    no_tensor = path not in calls or not calls[path][-1].out
+    return no_tensor or isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward or _is_whole(path, calls, nd)
 
 def _pointwise(module): return all(p.dim() < 2 for p in module.parameters())
 

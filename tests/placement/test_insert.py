@@ -387,6 +387,27 @@ def test_layer_must_be_a_class(layer):
     assert tree(model) == before
 
 
+# --- a part in TorchScript
+
+@pytest.mark.parametrize('compiled', [torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(1, m[0].in_channels, *SIZE))], ids=['script', 'trace'])
+@pytest.mark.parametrize('holder', [nn.Sequential, lambda m: Block(dict(a=nn.Conv2d(8, 8, 1), b=nn.Conv2d(16, 8, 1), c=m))], ids=['sequential', 'goes over its children'])
+def test_a_part_in_torchscript(compiled, holder):
+    torch.manual_seed(4)
+    c_in, c_out = (8, 8) if holder is nn.Sequential else (24, 32)
+    part = compiled(nn.Sequential(nn.Conv2d(c_in, 8, 3, padding=1), nn.ReLU()).eval())
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), holder(part), nn.Conv2d(c_out, 8, 1)).eval()
+    path, x = '1.' + list(model[1]._modules)[-1], image()
+    before, y = tree(model), predict(model, x)
+    sites = attention_sites(model, SIZE)
+    assert not sites.every[path].reason and [s.name for s in sites][::len(sites)-1] == ['0', '2']
+    with pytest.raises(ValueError, match=rf"nothing can be put behind .*\({path}\), a TorchScript module: .*how='replace'"): insert_attention(model, path, size=SIZE)
+    assert tree(model) == before
+    for where, how in [('0', 'append'), ('1', 'append')] + [(path, 'replace')]*(c_in == 8):
+        names = insert_attention(model, where, how, size=SIZE)
+        assert how == 'replace' or predict(model, x).equal(y)
+        assert remove_attention(model) == names and predict(model, x).equal(y) and tree(model) == before
+
+
 # --- where
 
 @pytest.mark.parametrize('where,max_side,want', [
