@@ -309,7 +309,7 @@ def _no_match(what, sites, name=''):
 
 @patch
 def match(self:Sites,
-    where:bool|str|Sequence|Callable[[Site],bool]|None=None, # True, a name, path or pattern, a list of these, or a function of a site
+    where:bool|str|Site|Sequence|Callable[[Site],bool]|None=None, # True, a name, path, pattern or site, a list of these, or a function
     max_side:int=None, # only maps with no side longer than this, in cells
     side:int=None, # only maps whose longest side is this, in cells
 )->list[Site]: # at least one, each once; with those that a pattern or function chose though nothing fits there
@@ -330,6 +330,7 @@ def match(self:Sites,
 
 @patch
 def _match(self:Sites, where):
+    if isinstance(where, Site): where = next((s.name for s in self._sites if s.path == where.path), where.path)
     if where is True:
         found = [s for s in self._sites if s.is_fastais]
         if not found:
@@ -341,7 +342,9 @@ def _match(self:Sites, where):
         if not found: raise _no_match(f"no site matches {where!r}", self, where)
         first = found[0]
         if first.reason and where in (first.name,first.path): raise _no_match(f"no attention fits at {where!r}: {first.reason}", self)
+    elif isinstance(where, nn.Module):
+        raise TypeError(f"`where` is a {type(where).__name__}: give the path of the module, one of the names in `model.named_modules()`")
     elif callable(where): found = [s for s in self if where(s)]
-    elif isinstance(where, (list,tuple,set)) and where: found = [s for w in where for s in self._match(w)]
-    else: raise TypeError(f"`where` must be True, a name, pattern or path, a list of these, or a function of a site; got {where!r}")
+    elif isinstance(where, (Sequence,set)) and not isinstance(where, bytes) and where: found = [s for w in where for s in self._match(w)]
+    else: raise TypeError(f"`where` must be True, a name, pattern, path or site, a list of these, or a function of a site; got {where!r}")
     return found

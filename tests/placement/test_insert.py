@@ -21,6 +21,7 @@ import fastai.callback.all  # noqa: F401  patches `Learner`
 from fastai.vision.learner import create_timm_model, create_unet_model
 from fastai.vision.models import resnet18
 from fastai.vision.models.xresnet import xresnet18
+from fastcore.foundation import L
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.models._utils import IntermediateLayerGetter
@@ -417,6 +418,18 @@ def test_a_part_in_torchscript(compiled, holder):
 def test_where(where, max_side, want):
     model = unet()
     assert insert_attention(model, where, max_side=max_side, size=(32, 32) if max_side == 3 else SIZE) == want and set(inserted_layers(model)) == set(want)
+
+
+@pytest.mark.parametrize('size,names', [(SIZE, ['middle', 'encoder.1']), ((64, 64), ['decoder.1'])])
+def test_sites_of_the_table_go_in_and_out(size, names):
+    model, other = unet(), unet()
+    sites = attention_sites(model, size)
+    paths = insert_attention(model, [sites[n] for n in names], size=size)
+    assert paths == insert_attention(other, names, size=size)
+    for path in paths: assert remove_attention(model, attention_sites(model, size).every[path]) == [path]
+    insert_attention(model, L(names), size=size)
+    with pytest.raises(TypeError, match='`where` is a Sequential: give the path'): remove_attention(model, model.layers[0])
+    assert sorted(remove_attention(model, [sites[n] for n in names])) == sorted(paths)
 
 
 @pytest.mark.parametrize('where,error,says', [('decoder.7', ValueError, 'no site matches .decoder.7.'), (['middle', 'nothing.*'], ValueError, 'no site matches .nothing'), (lambda s: False, ValueError, 'no site matches'),

@@ -22,6 +22,7 @@ from fastai.learner import Learner, load_learner
 from fastai.vision.learner import create_timm_model, create_unet_model
 from fastai.vision.models import resnet18, resnet34
 from fastai.vision.models.xresnet import xresnet18
+from fastcore.foundation import L
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torch.utils.data import DataLoader as TorchLoader
@@ -864,6 +865,17 @@ def test_names_that_fit_nothing(sites, where, max_side, says):
                                                 ('middle', '12', "`max_side` must be a whole number, 0 or more cells, got '12'"), (None, 3., 'got 3.0'), (None, True, 'got True')], ids=named)
 def test_wrong_types(sites, where, max_side, got):
     with pytest.raises(TypeError, match=got): sites.match(where, max_side)
+
+
+def test_what_the_table_hands_out_chooses_itself(sites):
+    for where in (sites['middle'], [sites['middle']], L([sites['middle']]), L('middle'), ('middle', sites['middle'])): assert names(sites.match(where)) == ['middle']
+    assert names(sites.match(sites[2:4])) == E(2, 3) and names(sites.match(sites)) == names(sites) and names(sites.match(L('middle', True))) == ['middle'] + D(1)
+    assert paths(sites.match(sites.every['layers.0.4.0'])) == ['layers.0.4.0']
+    with pytest.raises(ValueError, match="no site matches 'x.y'"): sites.match(Site('a', 'x.y', 8))
+    one = plain()
+    with pytest.raises(ValueError, match="no attention fits at '2': one pixel"): one.match(one['2'])
+    for where in (nn.Conv2d(3, 3, 1), ['middle', nn.Conv2d(3, 3, 1)]):
+        with pytest.raises(TypeError, match='`where` is a Conv2d: give the path of the module'): sites.match(where)
 
 
 def test_what_does_not_fit_among_what_was_chosen():
