@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from itertools import count
 from typing import NamedTuple
 
+import fastai.layers
 import torch
 from fastai.learner import Learner
 from torch import nn
@@ -22,7 +23,7 @@ from ..attention.kinds import is_attention
 from ..attention.layers import SelfAttention
 from .optim import AttentionHooks, inserted_layers, watch
 from .price import check_layer, layer_name, make_layer, try_layer
-from .sites import Site, Sites, find_sites, unet_blocks
+from .sites import Site, Sites, fastais_place, find_sites, unet_blocks
 from .skips import let_go, unets
 from ..quiet import model_and_learner, random_now
 
@@ -288,16 +289,22 @@ def _take_out(model, path):
     return layer
 
 # %% ../../nbs/api/placement/insert.ipynb #54634f37
+def _channels_of(layer):
+    "Channels of the maps of a layer that came with its model; 0 where nobody knows"
+    if isinstance(layer, fastai.layers.SelfAttention): return layer.value[0].out_channels     # it notes them nowhere
+    return getattr(layer, 'n_channels', getattr(layer, 'n_in', 0))     # the latter of fastai's `SimpleSelfAttention`
+
 def _unrecorded(model):
     "Attention layers that stand last in a `Sequential`, where fastai puts them, without a record of how they came there: path -> site"
-    names = {p:n for n,p in unet_blocks(model).items()}
+    names,fastais = {p:n for n,p in unet_blocks(model).items()},fastais_place(model)
     found = {}
     for path,m in model.named_modules():
         if not path or not is_attention(m) or hasattr(m, 'attention_place'): continue
         parent,name = _parent(model, path)
         if isinstance(parent, nn.Sequential) and name == list(parent._modules)[-1]:
             host = path.rpartition('.')[0]
-            found[path] = Site(names.get(host, host or path), host or path, getattr(m, 'n_channels', 0))
+            name = names.get(host, host or path)
+            found[path] = Site(name, host or path, _channels_of(m), is_fastais=name == fastais)
     return found
 
 # %% ../../nbs/api/placement/insert.ipynb #ea2f17f9

@@ -892,3 +892,19 @@ def test_compiled_before_and_after():
     remove_attention(model)
     assert torch.allclose(compiled(x), y, atol=1e-6)
     with pytest.raises(TypeError, match='_orig_mod'): insert_attention(compiled, '1', size=(12, 14))
+
+
+@pytest.mark.parametrize('where', [True, 'decoder.1', lambda s: s.is_fastais, lambda s: s.channels == 160], ids=named)
+def test_fastais_own_layer_is_taken_out(where, capsys):
+    model = unet(self_attention=True)
+    site, = (s for s in attention_sites(model, SIZE) if s.has)
+    assert site.is_fastais and site.channels == 160
+    assert remove_attention(model, where) == ['layers.5.conv2.2']
+    assert capsys.readouterr().out == 'Removed attention from decoder.1 (layers.5.conv2.2, 160 channels)\n'
+    assert list(model.state_dict()) == list(unet().state_dict())
+
+
+@pytest.mark.parametrize('layer', [fastai.layers.SelfAttention, fastai.layers.PooledSelfAttention2d, partial(fastai.layers.SimpleSelfAttention, ks=1), SelfAttention, SimpleSelfAttention], ids=named)
+def test_channels_of_a_layer_that_came_with_the_model(layer, capsys):
+    model = nn.Sequential(nn.Conv2d(3, 24, 3), layer(24))
+    assert remove_attention(model, lambda s: s.channels == 24) == ['1'] and '24 channels' in capsys.readouterr().out
