@@ -218,6 +218,23 @@ class InPrecision(Callback):
         self.learn.pred = each_tensor(lambda t: t.float() if t.dtype in (torch.float16,torch.bfloat16) else t, self.learn.pred)
 
 # %% ../nbs/api/quiet.ipynb #80d74af5
+@contextmanager
+def draws_kept(
+    dl:DataLoader, # of fastai, or a PyTorch loader
+)->Iterator[None]:
+    "Afterwards `dl` shuffles and augments as if it had not been gone through"
+    rng = getattr(dl, 'rng', None)
+    state = rng and rng.getstate()
+    gens = {id(g):(g,g.get_state()) for o in (dl,getattr(dl,'sampler',None)) if (g := getattr(o, 'generator', None)) is not None}
+    try:
+        with random_kept(): yield
+    finally:
+        if isinstance(dl, DataLoader): vars(dl).pop('it', None)
+        for g,before in gens.values(): g.set_state(before)
+        if rng:
+            rng.setstate(state)
+            dl.rng = rng
+
 def first_batches(
     dls:DataLoaders|DataLoader, # of fastai, or a PyTorch loader
     n:int=1, # how many examples are wanted
@@ -229,22 +246,12 @@ def first_batches(
         except TypeError: return True     # a stream has no length
     dl = next((dl for dl in (*loaders[1:2], *loaders[:1]) if has_data(dl)), None)
     if dl is None: return None
-    rng = getattr(dl, 'rng', None)
-    state = rng and rng.getstate()
-    gens = {id(g):(g,g.get_state()) for o in (dl,getattr(dl,'sampler',None)) if (g := getattr(o, 'generator', None)) is not None}
     got,in_process = [],dl.fake_l.no_multiproc() if isinstance(dl, DataLoader) else nullcontext()
-    try:
-        with random_kept(), in_process:
-            for batch in dl:
-                got.append(as_sequence(batch))
-                n -= n_rows(batch)
-                if n <= 0: break
-    finally:
-        if isinstance(dl, DataLoader): vars(dl).pop('it', None)
-        for g,before in gens.values(): g.set_state(before)
-        if rng:
-            rng.setstate(state)
-            dl.rng = rng
+    with draws_kept(dl), in_process:
+        for batch in dl:
+            got.append(as_sequence(batch))
+            n -= n_rows(batch)
+            if n <= 0: break
     return (got,inputs_of(dls, got[0])) if got else None
 
 def one_batch(

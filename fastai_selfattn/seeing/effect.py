@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..attention.kinds import attention_off, choose_layers
 from ..attention.layers import SelfAttention
-from ..quiet import InPrecision, as_float, check_type, eagerly, eval_mode, first_tensor, random_kept
+from ..quiet import InPrecision, as_float, check_type, eagerly, draws_kept, eval_mode, first_tensor, random_kept
 from .record import change_share
 
 # %% ../../nbs/api/seeing/effect.ipynb #a757cc6d
@@ -149,7 +149,8 @@ def attention_effect(
     elif len(learn.dls.loaders) > 1: dl = learn.dls.loaders[1]
     if dl is None or len(dl) == 0: raise ValueError("this Learner has no validation data: give `dl`")
     names = _column_names(learn.metrics)
-    def row(way): return dict(zip(names, (way,*map(as_float, learn.validate(dl=dl, cbs=InPrecision())))))
+    def row(way):     # of the same pictures as the other ways, where `dl` shuffles, augments and drops the last batch too
+        with draws_kept(dl): return dict(zip(names, (way,*map(as_float, learn.validate(dl=dl, cbs=InPrecision())))))
     with _aside(learn), eagerly():
         with ExitStack() as stack:
             seen = _changes_of(chosen, stack)

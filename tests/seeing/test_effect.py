@@ -1,6 +1,7 @@
 "What attention does for the score: three validations that leave no trace."
-import copy
+import copy, random
 import fastai.layers
+import numpy as np
 import pytest, torch
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import SaveModelCallback
@@ -138,3 +139,17 @@ def test_a_recorder_that_records_no_validation_is_no_matter(tmp_path):
     learn = learner(net(), tmp_path)
     learn.recorder.valid_metrics = False
     assert list(attention_effect(learn).table) == ['valid_loss', 'mae'] and learn.recorder.valid_metrics is False
+
+@pytest.mark.parametrize('make', [DataLoader, torch.utils.data.DataLoader, lambda *args, **kwargs: torch.utils.data.DataLoader(*args, generator=torch.Generator(), **kwargs)], ids=['fastai', 'torch', 'torch with a generator'])
+def test_all_ways_see_the_same_pictures(tmp_path, make):
+    "Also of a loader as for training, which shuffles, augments and drops the last batch; it goes on as if nothing had been drawn"
+    class Noisy(list):
+        def __getitem__(self, i): x, y = super().__getitem__(i); return x + torch.rand(1), y + np.random.rand()
+    def loader():
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        return make(Noisy(zip(X, X.flip(-1))), 4, shuffle=True, drop_last=True)
+    learn, dl = learner(net(gamma=0.), tmp_path), loader()
+    t = attention_effect(learn, dl=dl).table
+    assert (t == t.iloc[0]).all(axis=None)
+    after, as_new = list(dl), list(loader())
+    assert len(after) == 3 and all(torch.equal(a, b) for (a, _), (b, _) in zip(after, as_new, strict=True))
