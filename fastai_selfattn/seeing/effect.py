@@ -24,7 +24,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..attention.kinds import attention_off, choose_layers
 from ..attention.layers import SelfAttention
-from ..quiet import InPrecision, as_float, check_type, eagerly, draws_kept, eval_mode, first_tensor, random_kept
+from ..quiet import (InPrecision, as_float, check_type, draws_kept, eagerly, eval_mode, first_batches, first_tensor, inputs_of,
+                                   random_kept)
 from .record import change_share
 
 # %% ../../nbs/api/seeing/effect.ipynb #a757cc6d
@@ -92,6 +93,17 @@ def _aside(learn):
         vars(learn.recorder).update(record)
         vars(learn).update(had)
 
+# %% ../../nbs/api/seeing/effect.ipynb #5c1e77a0
+def check_loss(
+    learn:Learner,
+    dl:DataLoader, # with data, of fastai or PyTorch
+):
+    "`ValueError` unless `learn` has a loss and `dl` has the labels for it"
+    if learn.loss_func is None: raise ValueError("this Learner has no loss, `loss_func` is None: set `learn.loss_func`")
+    (batch,*_),_ = first_batches(dl)
+    if len(batch) <= inputs_of(learn.dls, batch):
+        raise ValueError("these pictures have no labels, so there is no loss: give a `dl` with labels")
+
 # %% ../../nbs/api/seeing/effect.ipynb #c0bba469
 class AttentionEffect:
     "What validation gives with attention, without it, and with uniform maps; prints and displays as a table with a sentence"
@@ -143,11 +155,13 @@ def attention_effect(
     layers:str|Sequence[str]=None, # names or patterns of layers; all if None
     dl=None, # data to validate on; the Learner's validation data if None
 )->AttentionEffect:
-    "Validate with attention, without it and with uniform maps; changes nothing; `ValueError` as `choose_layers`, or without data"
+    "Validate with attention, without it and with uniform maps; changes nothing; `ValueError` as `choose_layers`, or without labels"
+    check_type(Learner, 'a Learner', learn=learn)
     chosen = choose_layers(learn, layers)
     if dl is not None: check_type((DataLoader,utils.data.DataLoader), 'a loader of data', dl=dl)
     elif len(learn.dls.loaders) > 1: dl = learn.dls.loaders[1]
     if dl is None or len(dl) == 0: raise ValueError("this Learner has no validation data: give `dl`")
+    check_loss(learn, dl)
     names = _column_names(learn.metrics)
     def row(way):     # of the same pictures as the other ways, where `dl` shuffles, augments and drops the last batch too
         with draws_kept(dl): return dict(zip(names, (way,*map(as_float, learn.validate(dl=dl, cbs=InPrecision())))))

@@ -21,12 +21,13 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import Tensor
 
+from .effect import check_loss
 from .plot import given_axes, pixel_aspect, plot_attention
 from .pictures import numbered_pictures
 from .scale import attention_bar
 from .record import AttentionRecorder
 from ..attention.kinds import attention_off
-from ..quiet import InPrecision, check_positive, check_type, check_whole, eval_mode, first_batches, inputs_of, n_rows, random_kept, rows
+from ..quiet import InPrecision, check_positive, check_type, check_whole, eval_mode, n_rows, random_kept, rows
 
 # %% ../../nbs/api/seeing/interpret.ipynb #90612173
 class _Collect(Callback):
@@ -76,12 +77,6 @@ def _in_order(dl):
         raise TypeError("the data set of this DataLoader is a stream, and its pictures have no numbers: give one with a length")
     return torch.utils.data.DataLoader(dl.dataset, dl.batch_size or 1, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
 
-def _check_labels(learn, dl):
-    if not len(dl): raise ValueError("no pictures: this data set is empty, as in a Learner that was exported; give `dl`")
-    (batch,*_),_ = first_batches(dl)
-    if len(batch) <= inputs_of(learn.dls, batch):
-        raise ValueError("these pictures have no labels, so there is no loss: give a `dl` with labels")
-
 # %% ../../nbs/api/seeing/interpret.ipynb #049f107d
 _orders = {'farthest':('distance',False), 'sharpest':('entropy_share',True), 'loss':('gain',False)}
 
@@ -113,7 +108,8 @@ class AttentionInterpretation:
             raise ValueError(f"`ds_idx` must be below {len(learn.dls.loaders)}, the number of loaders of this Learner, got {ds_idx}")
         with random_kept():
             dl = _in_order(learn.dls[ds_idx] if dl is None else dl)
-            _check_labels(learn, dl)
+            if not len(dl): raise ValueError("no pictures: this data set is empty, as in a Learner that was exported; give `dl`")
+            check_loss(learn, dl)
             def losses(*cbs):
                 learn.get_preds(dl=dl, with_preds=False, with_targs=False, reorder=False, cbs=[*cbs, InPrecision(), each := _Losses()])
                 return torch.cat(each.losses)

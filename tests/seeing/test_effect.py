@@ -13,6 +13,7 @@ from torch import nn
 
 from fastai_selfattn.all import AttentionMapLogger, GammaLogger, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention, attention_uniform
 from fastai_selfattn.seeing.effect import AttentionEffect, attention_effect, change_in_words
+from fastai_selfattn.seeing.interpret import AttentionInterpretation
 
 X = torch.randn(14, 3, 6, 10, generator=torch.Generator().manual_seed(1))
 
@@ -153,3 +154,12 @@ def test_all_ways_see_the_same_pictures(tmp_path, make):
     assert (t == t.iloc[0]).all(axis=None)
     after, as_new = list(dl), list(loader())
     assert len(after) == 3 and all(torch.equal(a, b) for (a, _), (b, _) in zip(after, as_new, strict=True))
+
+def test_no_learner_no_labels_and_no_loss_are_said(tmp_path):
+    learn = learner(net(), tmp_path)
+    with pytest.raises(TypeError, match='`learn` must be a Learner, got Sequential'): attention_effect(learn.model)
+    for dl in (DataLoader(list(X), 2), torch.utils.data.DataLoader(X, 2)):
+        with pytest.raises(ValueError, match='no labels.*give a `dl` with labels'): attention_effect(learn, dl=dl)
+    learn.loss_func = None
+    for look in (attention_effect, AttentionInterpretation.from_learner):
+        with pytest.raises(ValueError, match='has no loss.*set `learn.loss_func`'): look(learn)
