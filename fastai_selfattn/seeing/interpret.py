@@ -21,13 +21,13 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import Tensor
 
-from .effect import check_loss
+from .effect import aside, check_loss
 from .plot import given_axes, pixel_aspect, plot_attention
 from .pictures import numbered_pictures
 from .scale import attention_bar
 from .record import AttentionRecorder
 from ..attention.kinds import attention_off
-from ..quiet import InPrecision, check_positive, check_type, check_whole, eval_mode, n_rows, random_kept, rows
+from ..quiet import InPrecision, check_positive, check_type, check_whole, draws_kept, eval_mode, n_rows, rows
 
 # %% ../../nbs/api/seeing/interpret.ipynb #90612173
 class _Collect(Callback):
@@ -106,16 +106,16 @@ class AttentionInterpretation:
         ds_idx, = check_whole(0, ds_idx=ds_idx)
         if dl is None and ds_idx >= len(learn.dls.loaders):
             raise ValueError(f"`ds_idx` must be below {len(learn.dls.loaders)}, the number of loaders of this Learner, got {ds_idx}")
-        with random_kept():
+        with aside(learn):
             dl = _in_order(learn.dls[ds_idx] if dl is None else dl)
             if not len(dl): raise ValueError("no pictures: this data set is empty, as in a Learner that was exported; give `dl`")
             check_loss(learn, dl)
             def losses(*cbs):
-                learn.get_preds(dl=dl, with_preds=False, with_targs=False, reorder=False, cbs=[*cbs, InPrecision(), each := _Losses()])
+                seen = dict(dl=dl, with_preds=False, with_targs=False, reorder=False)
+                with draws_kept(dl): learn.get_preds(**seen, cbs=[*cbs, InPrecision(), each := _Losses()])     # augmented alike each time
                 return torch.cat(each.losses)
-            with eval_mode(learn.model) as model:
-                with AttentionRecorder(model, None, layers, which=which) as rec: on = losses(collect := _Collect(rec))
-                with attention_off(model, layers): off = losses()
+            with AttentionRecorder(learn.model, None, layers, which=which) as rec: on = losses(collect := _Collect(rec))
+            with attention_off(learn.model, layers): off = losses()
         df = pd.DataFrame(collect.rows)
         i = df.picture.to_numpy()
         df.insert(2, 'loss', on.double().numpy()[i])

@@ -182,3 +182,32 @@ def test_plot_top_checks_axes_and_size(rooms, kwargs, error, says):
     with pytest.raises(error, match=says): interp.plot_top(k=3, **kwargs)
     assert plt.get_fignums() == before
     plt.close('all')
+
+
+def test_the_record_of_the_last_training_stays(rooms):
+    "With what the Learner held, and nothing new"
+    learn = make(rooms)
+    def held():
+        recorded = {k: list(v) for k, v in vars(learn.recorder).items() if isinstance(v, list)}
+        return {k: id(v) for k, v in vars(learn).items() if k not in ('cbs', 'lock')}, recorded
+    before = held()
+    AttentionInterpretation.from_learner(learn)
+    assert held() == before and not hasattr(learn, 'pred')
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-4)
+    before = held()
+    assert len(learn.recorder.values) == 2 and len(learn.recorder.losses)
+    for dl in (None, learn.dls.train): AttentionInterpretation.from_learner(learn, dl=dl)
+    assert held() == before
+    learn.remove_cb(learn.recorder)
+    assert len(AttentionInterpretation.from_learner(learn).df) == 14
+
+
+def test_both_passes_see_the_same_pictures(rooms):
+    "Also where the pipeline augments, as that of the training set does"
+    learn = make(rooms)
+    for m in attention_layers(learn.model).values(): nn.init.zeros_(m.gamma)
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self): return 3
+        def __getitem__(self, i): return torch.rand(3, *SIZE), torch.zeros(SIZE, dtype=torch.long)
+    loader = torch.utils.data.DataLoader(Noisy(), 2)
+    for data in (dict(dl=loader), dict(ds_idx=0)): assert AttentionInterpretation.from_learner(learn, **data).df.gain.abs().max() < 1e-6
