@@ -324,21 +324,28 @@ def _map_kind(layer):
     if not has_map(layer): return 'none'
     return 'softmax of vectors' if has_vectors(layer) else 'row by row'
 
-def _status(path, name, layer):
+def _state(layer, model):
+    "Whether `layer` is at work, as far as its hooks say"
+    hooked = getattr(getattr(layer, 'attention_place', None), 'hooked', '')
+    hooks = ((m, h) for m in model.modules() for h in m._forward_hooks.values())
+    if hooked and not any(getattr(h, 'name', None) == hooked and h.layer(m) is layer for m,h in hooks): return 'not in the path'
+    return 'off' if is_off(layer) else 'on'
+
+def _status(path, name, layer, model):
     gamma,params = gamma_of(layer),list(layer.parameters())
     trained = sum(p.numel() for p in params if p.requires_grad)
     total = sum(p.numel() for p in params)
     trainable = '-' if not total else 'yes' if trained == total else 'no' if not trained else 'partly'
     return {'path':path, 'site':name, 'class':type(layer).__name__,
             'gamma':math.nan if gamma is None else one_number(gamma).item(), 'parameters':total,
-            'map':_map_kind(layer), 'trainable':trainable, 'state':'off' if is_off(layer) else 'on', 'origin':_origin(layer)}
+            'map':_map_kind(layer), 'trainable':trainable, 'state':_state(layer, model), 'origin':_origin(layer)}
 
 # %% ../../nbs/api/attention/kinds.ipynb #a362b708
 def attention_status(
     model:nn.Module|Learner, # any model, or a Learner
-)->AttentionStatus: # a row a layer: path, site, class, gamma, parameters, map, trainable, on or off, how it came there
-    "Which attention layers `model` has and what state they are in; an empty table if it has none"
-    layers = attention_layers(model)
+)->AttentionStatus: # a row a layer: path, site, class, gamma, parameters, map, trainable, state, how it came there
+    "Which attention layers `model` has, and whether each is 'on', 'off' or 'not in the path', its hook being gone; empty if it has none"
+    layers,bare = attention_layers(model),bare_model(model_and_learner(model)[0])
     names = layer_names(layers)
-    title = f'Attention in {type(bare_model(model_and_learner(model)[0])).__name__}'
-    return AttentionStatus([_status(p, names[p], m) for p,m in layers.items()], title)
+    rows = [_status(p, names[p], m, bare) for p,m in layers.items()]
+    return AttentionStatus(rows, f'Attention in {type(bare).__name__}')

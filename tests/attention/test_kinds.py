@@ -358,3 +358,19 @@ def test_status_says_what_was_replaced():
     model = nn.Sequential(nn.Conv2d(3, C, 3), nn.Conv2d(C, C, 3, padding=1))
     insert_attention(model, '1', how='replace', size=12)
     assert attention_status(model).rows[0]['origin'] == 'in place of Conv2d'
+
+def test_status_says_when_the_hook_is_gone():
+    "As after `convert_sync_batchnorm`, which keeps the children of a batch norm and not its hooks"
+    class Own(nn.Module):
+        def __init__(self): super().__init__(); self.conv, self.norm = nn.Conv2d(3, C, 3), nn.BatchNorm2d(C)
+        def forward(self, x): return self.norm(self.conv(x)).relu()
+    model = Own().eval()
+    path, = insert_attention(model, 'norm', size=(H, W), gamma=1.)
+    assert attention_status(model).rows[0]['state'] == 'on' and attention_status(nn.DataParallel(model)).rows[0]['state'] == 'on'
+    with attention_off(model): assert attention_status(model).rows[0]['state'] == 'off'
+    model.norm.register_forward_hook(lambda m, args, out: out)
+    assert attention_status(copy.deepcopy(model)).rows[0]['state'] == 'on'
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert list(attention_layers(model)) == [path] and attention_status(model).rows[0]['state'] == 'not in the path'
+    model.norm.register_forward_hook(lambda m, args, out: out)
+    assert attention_status(model).rows[0]['state'] == 'not in the path'
