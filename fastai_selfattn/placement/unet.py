@@ -10,7 +10,7 @@ __all__ = ['create_unet_model', 'unet_learner']
 # %% ../../nbs/api/placement/unet.ipynb #38756acf
 import inspect
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import fastai.layers
 from fastai.data.core import DataLoaders
@@ -26,6 +26,7 @@ from .price import check_layer, layer_name
 from .sites import Site, fastais_place, unet_blocks
 from .skips import let_go
 from .upgrade import take_over
+from ..quiet import check_size
 
 # %% ../../nbs/api/placement/unet.ipynb #f1600df9
 def _swap(model):
@@ -86,6 +87,17 @@ def _plan(fastais, kwargs, self_attention, how, layer, max_side, side):
         raise TypeError(f"neither fastai's `{fastais.__name__}` nor {layer_name(layer)} takes {names}")
     return _Plan(self_attention, how, layer, max_side, side, rest),theirs
 
+# %% ../../nbs/api/placement/unet.ipynb #c4e1f0a7
+def _check(arch, n_out, **size):
+    "Raise unless fastai can make a U-Net of these; `n_out` may be None"
+    if isinstance(arch, nn.Module) or not callable(arch):
+        got = f'a {type(arch).__name__}' if isinstance(arch, nn.Module) else repr(arch)
+        raise TypeError(f"`arch` must be a function that makes an encoder, such as fastai's `resnet34`, not its name or a model; got {got}")
+    check_size(**size)
+    for name,numbers in dict(n_out=[n_out]*(n_out is not None), **size).items():
+        odd = [i for i in numbers if isinstance(i, bool) or not isinstance(i, SupportsIndex)]
+        if odd: raise TypeError(f"`{name}` must be whole numbers, got {odd[0]!r}")
+
 # %% ../../nbs/api/placement/unet.ipynb #0e687870
 @delegates(fastai_learner.create_unet_model)
 def create_unet_model(
@@ -101,6 +113,8 @@ def create_unet_model(
     **kwargs # for fastai's function, or for `layer`, such as `reduction=4`
 )->DynamicUnet: # with `self_attention=True` the same parameters and state-dict keys as fastai's
     "`fastai.vision.learner.create_unet_model` with our attention layers; `ValueError` if there is no such place"
+    if n_out is None: raise TypeError("`n_out` must be the number of channels of the output, got None")
+    _check(arch, n_out, img_size=img_size)
     plan,kwargs = _plan(fastai_learner.create_unet_model, kwargs, self_attention, how, layer, max_side, side)
     mode = plan.mode
     model = fastai_learner.create_unet_model(arch, n_out, img_size, *args, self_attention=mode == 'fastai', **kwargs)
@@ -124,6 +138,7 @@ def unet_learner(
 )->Learner: # `Learner` on a `DynamicUnet`
     "`fastai.vision.learner.unet_learner` with our attention layers; `ValueError` if there is no such place"
     plan,kwargs = _plan(fastai_learner.unet_learner, kwargs, self_attention, how, layer, max_side, side)
+    _check(arch, kwargs.get('n_out', *args[1:2]))
     mode = plan.mode
     pipes = [dl.after_batch for dl in dls.loaders]
     tfms = [p.fs for p in pipes]

@@ -240,6 +240,26 @@ def test_self_attention_must_be_a_place(dls, flag):
         with pytest.raises(TypeError, match=re.escape(f'got {flag[0] if flag == [3] else flag!r}')): f(*args, pretrained=False, self_attention=flag)
 
 
+@pytest.mark.parametrize('kwargs,error,says', [
+    (dict(arch='resnet18'), TypeError, "`arch` must be a function that makes an encoder.*got 'resnet18'"), (dict(arch=encoder()), TypeError, '`arch` must be .*got a Sequential'), (dict(arch=['resnet18']), TypeError, '`arch` must be'),
+    (dict(n_out='2'), TypeError, "`n_out` must be whole numbers, got '2'"), (dict(n_out=2.), TypeError, 'got 2.0'), (dict(n_out=True), TypeError, 'got True'), (dict(n_out=None), TypeError, '`n_out` .* got None'),
+    (dict(img_size=32), ValueError, r'`img_size` must be \(h, w\).*got 32'), (dict(img_size=(3, 32, 32)), ValueError, '`img_size` must be'), (dict(img_size='32'), ValueError, '`img_size` must be'), (dict(img_size=(32., 32)), TypeError, '`img_size` must be whole numbers, got 32.0')], ids=str)
+@pytest.mark.parametrize('self_attention', [True, False, 'middle'])
+def test_what_makes_no_unet_is_refused(dls, kwargs, error, says, self_attention):
+    before, random = tfms(dls), torch.get_rng_state()
+    with pytest.raises(error, match=says): create_unet_model(**dict(arch=encoder, n_out=2, img_size=SIZE) | kwargs, self_attention=self_attention, pretrained=False)
+    if 'img_size' in kwargs or kwargs.get('n_out', 2) is None: return     # which a Learner has from its data
+    with pytest.raises(error, match=says): unet_learner(dls, **dict(arch=encoder) | kwargs, self_attention=self_attention, pretrained=False)
+    if 'n_out' in kwargs:
+        with pytest.raises(error, match=says): unet_learner(dls, encoder, True, kwargs['n_out'], self_attention=self_attention, pretrained=False)
+    assert tfms(dls) == before and torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize('n_out,size', [(torch.tensor(2), SIZE), (2, list(SIZE)), (2, torch.Size(SIZE)), (2, torch.tensor(SIZE))], ids=str)
+def test_numbers_that_fastai_takes(n_out, size):
+    for f in (fastai_learner.create_unet_model, create_unet_model): assert f(encoder, n_out, size, pretrained=False)(torch.randn(1, 3, *SIZE)).shape == (1, 2, *SIZE)
+
+
 def test_attention_of_the_encoder_is_left_alone():
     sa = lambda model: [(n, type(m)) for n, m in model.named_modules() if isinstance(m, (fastai.layers.SelfAttention, fastai.layers.SimpleSelfAttention))]
     arch = lambda pretrained: xresnet.xresnet18(sa=1)
