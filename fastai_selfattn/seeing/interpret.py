@@ -26,7 +26,7 @@ from .plot import given_axes, pixel_aspect, plot_attention
 from .pictures import numbered_pictures
 from .scale import attention_bar
 from .record import AttentionRecorder
-from ..attention.kinds import attention_off
+from ..attention.kinds import attention_off, choose_layers
 from ..quiet import InPrecision, check_positive, check_type, check_whole, draws_kept, eval_mode, n_rows, rows
 
 # %% ../../nbs/api/seeing/interpret.ipynb #90612173
@@ -128,14 +128,17 @@ class AttentionInterpretation:
 def top(self:AttentionInterpretation,
     by:str='loss', # 'farthest': largest mean distance; 'sharpest': lowest entropy; 'loss': largest loss without attention less loss with
     k:int=None, # how many; all if None
-    layer:str=None, # of one layer; the first one if None
+    layer:str=None, # path or name of a layer; the first one if None
     largest:bool=True, # False for the other end
 )->pd.DataFrame: # a row a picture; `picture` is its index in the data set
     "Pictures in the order of what attention does in them; `ValueError` for another `by` or `layer`"
     if not isinstance(by, str) or by not in _orders: raise ValueError(f"`by` must be one of {', '.join(_orders)}; got {by!r}")
     if k is not None: k, = check_whole(k=k)
+    check_type((bool,np.bool_), 'True or False', largest=largest)
     names = list(self.df.layer.unique())
     layer = names[0] if layer is None else layer
+    if isinstance(layer, str) and layer not in names:
+        layer = next((path for path in choose_layers(self.learn.model, layer) if path in names), layer)
     if layer not in names: raise ValueError(f"no attention layer {layer!r}: there are {', '.join(names)}")
     column,ascending = _orders[by]
     df = self.df[self.df.layer == layer].sort_values(column, ascending=ascending == largest, kind='stable')
@@ -167,7 +170,7 @@ def _new_axes(n_rows, ratio, imsize):
 def plot_top(self:AttentionInterpretation,
     by:str='loss', # as in `top`; the query pixel is the sharpest for 'sharpest', else the one that looks farthest
     k:int=3, # how many pictures
-    layer:str=None, # of one layer; the first one if None
+    layer:str=None, # path or name of a layer; the first one if None
     largest:bool=True, # False for the other end
     axs:np.ndarray=None, # (k, 2) axes, a new figure if None
     imsize:float=2., # height of a picture in inches
@@ -182,7 +185,7 @@ def plot_top(self:AttentionInterpretation,
     maps = _own_maps(self.learn.model, p, points, name)
     vmax = max(2., *(m.max().item()*m.numel() for m in maps))
     if axs is None: axs = _new_axes(len(rows), max(w/h for h,w in p.shapes), imsize)
-    else: axs = given_axes(axs, (len(rows),2), 'a picture and its map for each')
+    else: axs = given_axes(axs, (len(rows),2), 'a picture and its map for each', 'axs')
     for (left,right),image,shape,m,point,row in zip(axs, p.images, p.shapes, maps, points, rows.itertuples()):
         left.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), aspect=pixel_aspect(image, shape))
         left.set_axis_off()

@@ -33,7 +33,7 @@ from ..attention.kinds import attention_layers, choose_layers
 from ..files import file_path, whole_file
 from ..quiet import bare_model, check_type, check_whole, eval_mode, random_kept
 from .gamma_logger import GammaLogger, mend_wandb, warn_once
-from .pictures import pictures
+from .pictures import check_items, pictures
 from .plot import plot_attention, show_attention, show_attention_growth
 from .record import AttentionRecorder, check_points
 
@@ -92,10 +92,12 @@ class AttentionMapLogger(Callback):
         if points is None: raise ValueError("`points` must say which query pixels to record, got None")
         if not (layers is None or isinstance(layers, Sequence) and all(isinstance(l, str) for l in layers)):
             raise TypeError(f"`layers` must be names of attention layers, got {layers!r}")
+        check_items(items)
         self.items,self.points,self.layers = items,check_points(points),layers
         self.every,self.max_n,self.seed = every,max_n,seed
         self.path = None if path is None else file_path(path, 'path', 'folder').absolute()     # wherever training goes meanwhile
         self.pictures,self._seen,self._files,self._done,self._warned = None,[],[],0,set()
+        self._called = {}     # name or path of a place -> path of the layer there
         self._check_path()
 
     def _check_path(self):
@@ -112,6 +114,8 @@ def _try(self:AttentionMapLogger, what, f, *args):
 def _look(self:AttentionMapLogger, pictures):
     "What is seen in each part of `pictures`"
     model = bare_model(self.learn.model)
+    places = {path:m.attention_place.site for path,m in attention_layers(model).items() if hasattr(m, 'attention_place')}
+    self._called |= {called:path for path,site in places.items() for called in (site.path,site.name)}
     def look(part):
         recorder = AttentionRecorder(model, self.points, self.layers, seed=self.seed, which=self.which)
         with torch.no_grad(), random_kept(), eval_mode(model), recorder as rec: part.through(model)
@@ -180,12 +184,13 @@ def stats(self:AttentionMapLogger)->pd.DataFrame: # entropy in nats, distance in
 
 @patch
 def maps(self:AttentionMapLogger,
-    layer:str=None, # name of a layer; the first one if None
+    layer:str=None, # path or name of a layer; the first one if None
 )->tuple[str,list[int],list[float],Tensor]: # its name, the epochs, gamma at each, and the maps (epochs, pictures, points, *map size)
     "All maps of one layer, a list by picture if sizes differ; `ValueError` if there is no such layer, or nothing was recorded yet"
     if not self._seen: raise ValueError("nothing was recorded yet: train the Learner with this callback first")
     names = list(dict.fromkeys(n for seen in self._seen for n in seen.maps))
     if layer is None: layer = names[0]
+    if isinstance(layer, str) and layer not in names: layer = self._called.get(layer, layer)
     if layer not in names: raise ValueError(f"no attention layer {layer!r}: there are {', '.join(names)}")
     shown = [seen for seen in self._seen if layer in seen.maps]
     maps = [torch.stack([look.maps[layer] for look in looks]) for looks in zip(*(seen.looks for seen in shown))]
@@ -212,7 +217,7 @@ def _one(self:AttentionMapLogger, picture, point, layer):
 def show_growth(self:AttentionMapLogger,
     picture:int=0, # which of the pictures
     point:int=0, # which of the query pixels
-    layer:str=None, # name of a layer; the first one if None
+    layer:str=None, # path or name of a layer; the first one if None
     max_n:int=8, # how many epochs to draw at most
     ax:Sequence[Axes]=None, # as many axes as epochs are drawn, a new figure if None
 )->np.ndarray: # the axes
@@ -226,7 +231,7 @@ def save_gif(self:AttentionMapLogger,
     fname:str|Path, # file to write, over one that is there
     picture:int=0, # which of the pictures
     point:int=0, # which of the query pixels
-    layer:str=None, # name of a layer; the first one if None
+    layer:str=None, # path or name of a layer; the first one if None
     seconds:float=.6, # that each epoch is shown; the last one is shown three times as long
 ):
     "Write how the map of one query pixel grew as an animated GIF, on one colour scale; `ValueError` as `maps`"

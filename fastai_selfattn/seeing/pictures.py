@@ -170,6 +170,16 @@ def _pictures(model, dl, shown, batches, n_inp, which, numbers):
     return Pictures(inputs, images, shown, [_name(o, i) for i,o in enumerate(shown)], shapes, which)
 
 # %% ../../nbs/api/seeing/pictures.ipynb #a59add79
+def check_items(
+    items, # pictures, as a user gave them
+):
+    "`TypeError` unless `items` can be pictures, or is None"
+    if items is None or isinstance(items, (str,Path,Image.Image)): return
+    if not (hasattr(items, '__len__') and hasattr(items, '__getitem__')):
+        raise TypeError(f"`items` must be pictures, such as a list of file names, or what the model takes, got {type(items).__name__}")
+    if isinstance(items, np.ndarray) and items.ndim > 1:
+        raise TypeError(f"`items` must be pictures, a list of arrays, or tensors as the model takes them, got an array {items.shape}")
+
 def pictures(
     learn:Learner, # its `dls` make the pictures
     items:Sequence=None, # such as file names; or what its model takes: (bs, c, h, w), a tuple, a dict; some of validation if None
@@ -179,10 +189,7 @@ def pictures(
     "Pictures to look at attention with; `ValueError` if there are none or if they are not 2d"
     dls,(which,max_n) = learn.dls,check_whole(0, which=which, max_n=max_n)
     if isinstance(items, (str,Path,Image.Image)): items = [items]
-    if items is not None and not (hasattr(items, '__len__') and hasattr(items, '__getitem__')):
-        raise TypeError(f"`items` must be pictures, such as a list of file names, or what the model takes, got {type(items).__name__}")
-    if isinstance(items, np.ndarray) and items.ndim > 1:
-        raise TypeError(f"`items` must be pictures, a list of arrays, or tensors as the model takes them, got an array {items.shape}")
+    check_items(items)
     if len(dls.loaders) < 2:
         raise ValueError("these DataLoaders have no validation set, and its pipeline prepares the pictures: give the Learner one")
     with random_kept(): shown,batches,n_inp,dl = _batches(dls, items, max_n)

@@ -100,13 +100,13 @@ def _grid(h, w, n, blocks=1, imsize=2., lines=1):
     for ax in axs[:,n:].flat: ax.remove()
     return axs[:,:n]
 
-def given_axes(ax, shape, holds):
+def given_axes(ax, shape, holds, name='ax'):
     "The axes that a caller gave, in `shape`"
     axs = np.array(ax, dtype=object)
-    for a in axs.flat: check_type(Axes, 'an `Axes` of matplotlib, or an array of them', ax=a)
+    for a in axs.flat: check_type(Axes, 'an `Axes` of matplotlib, or an array of them', **{name:a})
     if axs.size == math.prod(shape) and (axs.shape == shape or axs.ndim == 1 or axs.ndim and len(shape) == 1): return axs.reshape(shape)
     got = 'x'.join(map(str, axs.shape)) if axs.ndim else 'one'
-    raise ValueError(f"`ax` must be an array of {'x'.join(map(str, shape))} axes, {holds}; got {got}")
+    raise ValueError(f"`{name}` must be an array of {'x'.join(map(str, shape))} axes, {holds}; got {got}")
 
 # %% ../../nbs/api/seeing/plot.ipynb #4dfae38d
 def _choose_layers(maps, layers):

@@ -114,7 +114,7 @@ class AttentionRecorder:
         which:int=0, # of several pictures that `model` takes at once, such as a pair, the one to look at
         head:int=None, # maps and statistics of this head, counted from 0; the mean of the heads if None
     ):
-        self._which, = check_whole(0, which=which)
+        self._which,seed = check_whole(0, which=which, seed=seed)
         self.model,self.points,self.layers = model_and_learner(model)[0],check_points(points),choose_layers(model, layers)
         self._points,self._stats,self._vectors,self._seed,self._image_size = self.points,stats,vectors,seed,image_size
         self._stack,self._hooks,self._head,self._found = None,[],head,{field:{} for field in _seen}
