@@ -8,6 +8,7 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/seeing/gamma_logger.
 __all__ = ['GammaLogger']
 
 # %% ../../nbs/api/seeing/gamma_logger.ipynb #9695472f
+import math
 import sys
 import warnings
 from contextlib import ExitStack
@@ -93,6 +94,19 @@ def _is_compiled(module):
     forward = vars(module).get('forward')
     return hasattr(module, '_orig_mod') or getattr(module, '_compiled_call_impl', None) or hasattr(forward, '_torchdynamo_orig_callable')
 
+# %% ../../nbs/api/seeing/gamma_logger.ipynb #6edb6261
+def _check_history(history):
+    "`ValueError` unless `history` is a table of steps one after the other"
+    if not (isinstance(history, pd.DataFrame) and {'step','epoch'} <= set(history.columns)):
+        got = list(history.columns) if isinstance(history, pd.DataFrame) else type(history).__name__
+        raise ValueError(f"`history` must be a table with `step` and `epoch`, as `GammaLogger.history`, got {got}")
+    for name in ('step','epoch'):
+        numbers = pd.to_numeric(history[name], errors='coerce')
+        bad = history[name][~(numbers.abs() < math.inf)]
+        if len(bad): raise ValueError(f"`history` must have a number as `{name}` in every row, got {bad.iloc[0]!r}: leave that row out")
+        if not numbers.is_monotonic_increasing:
+            raise ValueError(f"`history` must be in the order of its steps, and its `{name}` goes down: give `history.sort_values('step')`")
+
 # %% ../../nbs/api/seeing/gamma_logger.ipynb #6edb6260
 class GammaLogger(Callback):
     "Log gamma of every attention layer: a column each in the training table, and each training step, which is a batch, in `history`"
@@ -102,9 +116,7 @@ class GammaLogger(Callback):
         history:pd.DataFrame=None, # of an earlier run, to go on with
     ):
         self.every, = check_whole(unit='training steps', every=every)
-        if history is not None and not (isinstance(history, pd.DataFrame) and {'step','epoch'} <= set(history.columns)):
-            got = list(history.columns) if isinstance(history, pd.DataFrame) else type(history).__name__
-            raise ValueError(f"`history` must be a table with `step` and `epoch`, as `GammaLogger.history`, got {got}")
+        if history is not None: _check_history(history)
         rows = [] if history is None else history.to_dict('records')
         self._rows = [{k:v for k,v in row.items() if not pd.isna(v)} for row in rows]
         self._n_steps,self._at = (int(rows[-1]['step']),float(rows[-1]['epoch'])) if rows else (0,0.)

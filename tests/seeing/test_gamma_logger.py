@@ -14,3 +14,12 @@ def test_in_words_says_what_the_last_epoch_did():
     two = [dict(step=0, epoch=0., gamma_a=1., gamma_b=0.), dict(step=1, epoch=1., gamma_a=1.04, gamma_b=0., change_a=.3, change_b=0., change_c=.1)]
     assert GammaLogger(history=pd.DataFrame(two)).in_words == {'a': 'gamma 1.04: attention changes the features by 30%', 'c': 'attention changes the features by 10%',
         'b': 'gamma 0: attention does nothing here: it changes the features by 0.0%'}
+
+@pytest.mark.parametrize('step,epoch,says', [(['a'], [1], "number as `step`.*got 'a'"), ([0, float('nan')], [0, 1], '`step` in every row, got .*nan'), ([1, 2], [0, float('inf')], '`epoch` in every row, got .*inf'),
+    ([1, 3, 2], [0, 1, 2], 'in the order of its steps, and its `step` goes down'), ([1, 2], [1., .5], 'its `epoch` goes down')], ids=range(5))
+def test_a_history_that_cannot_be_gone_on_with_is_refused(step, epoch, says):
+    with pytest.raises(ValueError, match=says): GammaLogger(history=pd.DataFrame({'step': step, 'epoch': epoch}))
+
+def test_a_history_is_gone_on_with():
+    known = pd.DataFrame({'step': [0, 1], 'epoch': [0, .5], 'gamma': [0, None]})
+    assert len(GammaLogger(history=known).history) == 2 and len(GammaLogger(history=known[:0]).history) == 0
