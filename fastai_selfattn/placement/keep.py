@@ -59,10 +59,16 @@ def _again(about):
 
 def _shapes(tensors): return {name:tuple(t.shape) for name,t in tensors.items()}
 
+def _at(path, place):
+    "Path of the module where the layer at `path` was put; more may have been built around it since"
+    if place.how == 'replace' and place.site.axis == 1: return path
+    return path.removesuffix(place.hooked or path.rpartition('.')[2]).removesuffix('.')
+
 def _describe(path, layer):
     "What to write of `layer` besides its tensors; `ValueError` if it could not be made again"
     place,name = layer.attention_place,_class_name(type(layer))
     site = {k:getattr(place.site, k) for k in ('name','path','channels','map','into','calls','axis')}
+    if (at := _at(path, place)) != place.site.path: site |= dict(name=at, path=at)
     about = dict(path=path, how=place.how, hooked=place.hooked, site=site) | {'class':name, 'options':{}}
     if name not in _known(): return about     # whoever loads it says how it is made
     about['options'] = _options(layer)
@@ -79,9 +85,9 @@ def _around(model):
     def tensors(m): return (*m.named_parameters(), *m.named_buffers())
     inserted = inserted_layers(model)
     found = {n:t for n,t in tensors(model) if not any(n.startswith(f'{p}.') for p in inserted)}
-    for layer in inserted.values():
+    for path,layer in inserted.items():
         place = layer.attention_place
-        for old in place.old: found |= {f'{place.site.path}.{n}':t for n,t in tensors(old)}
+        for old in place.old: found |= {f'{_at(path, place)}.{n}':t for n,t in tensors(old)}
     return found
 
 def _identity(model):

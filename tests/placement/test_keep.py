@@ -7,6 +7,7 @@ from fastai.data.load import DataLoader
 from fastai.layers import NormType
 from fastai.learner import Learner
 from fastai.optimizer import ranger
+from fastai.vision.models.unet import DynamicUnet
 from safetensors import safe_open
 from torch import nn
 
@@ -84,6 +85,24 @@ def test_layers_that_a_hook_sends_for_from_further_down(tmp_path, where):
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(other.eval()(x), model.eval()(x))
     assert sorted(remove_attention(other)) == sorted(paths)
+
+def body(): return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU()), nn.Conv2d(16, 16, 3, 1, 1))
+
+@pytest.mark.parametrize('how,where', [('append', ['1', '2']), ('replace', '2')])
+def test_a_model_built_around_a_body_with_attention(tmp_path, how, where):
+    def wrapped(insert):
+        torch.manual_seed(2)
+        inside = body()
+        if insert: insert_attention(inside, where, how, size=32, gamma=.5)
+        torch.manual_seed(3)
+        return DynamicUnet(inside, 2, (32, 32)).eval()
+    model, x = wrapped(True), torch.randn(1, 3, 32, 32)
+    paths = list(inserted_layers(model))
+    fname = save_attention(model, tmp_path/'a')
+    for other in (wrapped(False), wrapped(True)):
+        assert load_attention(other, fname) == paths
+        assert torch.equal(other(x), model(x)) and remove_attention(other, paths) == paths
+    assert remove_attention(model, paths[0]) == paths[:1]
 
 class Derived(SelfAttention): pass
 
