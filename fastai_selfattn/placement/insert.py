@@ -235,7 +235,7 @@ def _settle(model, size, done, undo):
 # %% ../../nbs/api/placement/insert.ipynb #82572d49
 def insert_attention(
     model:nn.Module|Learner, # any CNN, changed in place, or a Learner, whose optimizer is taken care of
-    where:bool|str|Sequence|Callable[[Site],bool]|None=None, # names, paths or patterns of sites, True for fastai's own place, or a function
+    where:bool|str|Site|Sequence|Callable[[Site],bool]|None=None, # sites, their names, paths or patterns, True for fastai's, or a function
     how:str='append', # 'append': behind the module; 'replace': in its place
     layer:Callable[...,nn.Module]=SelfAttention, # called with the channels of the map and `layer_args`, and with `site` if it asks for that
     max_side:int=None, # only maps with no side longer than this, in cells
