@@ -347,5 +347,4 @@ def attention_status(
     "Which attention layers `model` has, and whether each is 'on', 'off' or 'not in the path', its hook being gone; empty if it has none"
     layers,bare = attention_layers(model),bare_model(model_and_learner(model)[0])
     names = layer_names(layers)
-    rows = [_status(p, names[p], m, bare) for p,m in layers.items()]
-    return AttentionStatus(rows, f'Attention in {type(bare).__name__}')
+    return AttentionStatus([_status(p, names[p], m, bare) for p,m in layers.items()], f'Attention in {type(bare).__name__}')
