@@ -26,7 +26,8 @@ _takes_second = _pools|_norms|{'interpolate','upsample','grid_sample','pixel_shu
 _takes_last = {'layer_norm','rms_norm','linear'}
 _turns = {'permute','transpose','movedim','moveaxis','swapaxes','swapdims','t','T','mT','H','mH','adjoint'}
 _shapes = {'reshape','view','reshape_as','view_as','flatten','unflatten'}
-_products = {'matmul','__matmul__'}
+_products = {'matmul','__matmul__','mm','addmm'}
+_adds = {'addmm','baddbmm'}     # to a first tensor, a product of two more
 _mixes = _products|{'bmm','baddbmm','einsum','tensordot','scaled_dot_product_attention'}
 
 def _name(func):
@@ -57,6 +58,19 @@ def _turned(func, x, args, kwargs, sides):
     return sides._replace(batch=shape.index(sides.batch+2), channels=shape.index(sides.channels+2))
 
 # %% ../../nbs/api/placement/axes.ipynb #3564d7fc
+def _summed(equation, known):
+    "The sides after an `einsum` of tensors of which these sides are `known`; None if that cannot be told"
+    terms,_,to = equation.replace(' ', '').partition('->')
+    terms = terms.split(',')
+    if '.' in equation or not to or len(terms) != len(known): return None
+    for i,(term,sides) in enumerate(zip(terms, known)):
+        if not sides: continue
+        batch,channels = term[sides.batch],term[sides.channels]
+        weights = [t for j,t in enumerate(terms) if j != i and batch not in t]
+        new = [s for s in to if s not in term and any(s in w for w in weights)]
+        if channels not in to and len(new) == 1: channels = new[0]     # a sum over channels makes others
+        if batch in to and channels in to: return Sides(to.index(batch), to.index(channels))
+
 def _reshaped(before, after, sides):
     "The sides of a tensor of shape `before` in the shape `after`; None if that cannot be told"
     bs,c = sides[:2]
@@ -83,7 +97,7 @@ class Axes(TorchFunctionMode):
 
     def cell(self,
         t:Tensor # that exists
-    )->list: # of one: its `Sides`, or None where it is not known (yet)
+    )->list: # of one: its `Sides`, None where they are not known (yet), or False where they were, and can no longer be told
         "What is known of `t`"
         ref,cell = self.seen.get(id(t), (lambda: None,None))
         if ref() is not t: self.seen[id(t)] = weakref.ref(t),(cell := [None])
@@ -110,14 +124,20 @@ def _rule(name, ins, out):
 @patch
 def _follow(self:Axes, func, args, kwargs, out):
     "Fill the cell of `out`, which `func` made"
-    ins,cell = [t for t in _tensors((*args, *kwargs.values())) if t is not out],self.cell(out)
+    ins,cell,name = [t for t in _tensors((*args, *kwargs.values())) if t is not out],self.cell(out),_name(func)
+    if cell[0] and name.removesuffix('_') in _turns-{name}: cell[0] = _turned(func, out, args, kwargs, cell[0])     # in place
+    if name in _adds: ins = ins[1:]
     if cell[0] or not ins or min(ins[0].dim(), out.dim()) < 2: return
-    x,rule = ins[0],_rule(_name(func), ins, out)
+    x,rule = ins[0],_rule(name, ins, out)
     known = self.cell(x)
-    if not known[0] and x.dim() > 2: known[0] = {'makes second':Sides(0,1), 'second':Sides(0,1), 'last':Sides(0,x.dim()-1)}.get(rule)
-    handed_on = next((self.cell(t)[0] for t in ins if t.dim() == out.dim() and self.cell(t)[0]), None)
+    tells = {'makes second':Sides(0,1), 'second':Sides(0,1), 'last':Sides(0,x.dim()-1)}
+    if not known[0] and x.dim() > 2: known[0] = tells.get(rule, known[0])
+    cells = [self.cell(t)[0] for t in ins]
+    lost = False if any(s is False or s and s.channels != 1 for s in cells) else None     # on side 1 they are where most have them
+    handed_on = next((s for t,s in zip(ins, cells) if s and t.dim() == out.dim()), lost)
     if rule == 'makes second': cell[0] = Sides(0,1)
     elif rule == 'makes last': cell[0] = Sides(0,out.dim()-1)
     elif rule == 'turned': cell[0] = known[0] and _turned(func, x, args, kwargs, known[0])
-    elif rule == 'reshaped': cell[0] = known[0] and _reshaped(tuple(x.shape), tuple(out.shape), known[0])
-    elif rule != 'lost': cell[0] = handed_on
+    elif rule == 'reshaped': cell[0] = known[0] and (_reshaped(tuple(x.shape), tuple(out.shape), known[0]) or lost)
+    elif name == 'einsum' and isinstance(args[0], str): cell[0] = _summed(args[0], cells) or lost
+    else: cell[0] = lost if rule == 'lost' else handed_on

@@ -75,9 +75,9 @@ def _reason(calls, nd):
     c = calls[-1]
     if not c.out: return f'gives {c.kind}, not a map'
     if len(c.shape) != nd+2: return f'gives {c.as_is}, not a map of {nd} dimension' + 's'*(nd > 1)
+    if c.cell[0] is False: return f'gives {c.as_is}, and on which side its channels are cannot be told'
     if c.sides.batch: return f'gives {c.as_is}, where side {c.sides.batch} is the batch'
-    whole = c.sides.parts_of(c.as_is)
-    if whole: return f"gives {c.as_is}, parts of a map of {'x'.join(map(str, whole))}"
+    if whole := c.sides.parts_of(c.as_is): return f"gives {c.as_is}, parts of a map of {'x'.join(map(str, whole))}"
     if len({o.sides[:2] for o in calls}) > 1: return f'called {len(calls)} times, with the channels on several sides'
     channels = sorted({c.shape[1] for c in calls if c.shape[1:]})
     if len(channels) > 1: return f"called {len(calls)} times, with {', '.join(map(str, channels))} channels"

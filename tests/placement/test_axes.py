@@ -130,7 +130,7 @@ conv = nn.Conv2d(3, 24, 3, 2, 1)
     (Do(lambda m, x: x.movedim(1, -1) @ m.mix.weight.T, mix=nn.Linear(24, 14)), 14, (10, 14), 3),
     (Do(lambda m, x: m.mix(x.flatten(2).mT).mT.unflatten(-1, (10, 14)), mix=nn.Linear(24, 24)), 24, (10, 14), 1),   # tokens and back
     (Do(lambda m, x: m.mix(x.flatten(2).transpose(1, 2)).reshape(1, 10, 14, 24), mix=nn.Linear(24, 24)), 24, (10, 14), 3),
-    (Do(lambda m, x: torch.einsum('bchw->bhwc', x)), 10, (14, 24), 1),                                         # nobody has said
+    (Do(lambda m, x: torch.einsum('bchw->bhwc', x)), 24, (10, 14), 3),                                         # by its letters
     (Do(lambda m, x: F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 0)).roll(1, 2).contiguous()), 24, (10, 15), 3),
     (Do(lambda m, x: x.transpose(1, 2)), 24, (10, 14), 2),
 ])
@@ -193,3 +193,35 @@ def test_the_look_leaves_no_mode_on():
     before = _get_current_function_mode()
     with pytest.raises(ValueError): attention_sites(nn.Sequential(conv, nn.Linear(3, 4)), (20, 28))
     assert _get_current_function_mode() is before
+
+class Turns(nn.Module):
+    "Channels last, but for `f`, and a module that takes what comes"
+    def __init__(self, f, from_conv):
+        super().__init__()
+        self.conv, self.norm, self.here, self.from_conv, self.f = nn.Conv2d(3, 8, 3, padding=1), nn.LayerNorm(8), nn.Identity(), from_conv, f
+        self.w = nn.Parameter(torch.randn(8, 16))
+    def forward(self, x):
+        x = self.conv(x)
+        return self.here(self.f(x if self.from_conv else self.norm(x.permute(0, 2, 3, 1)), self.w)).mean((1, 2))
+
+@pytest.mark.parametrize('f,channels,size,axis', [
+    (lambda x, w: torch.einsum('nchw->nhwc', x), 8, (6, 10), 3),
+    (lambda x, w: torch.einsum('nchw, cd -> nhdw', x, w), 16, (6, 10), 2),
+    (lambda x, w: x.clone().transpose_(1, 3), 8, (10, 6), 3)], ids=['einsum', 'einsum that makes channels', 'in place'])
+def test_channels_are_followed_from_a_conv(f, channels, size, axis):
+    site = attention_sites(Turns(f, True).eval(), (3, 6, 10)).match('here')[0]
+    assert (site.channels, site.map, site.axis) == (channels, size, axis)
+
+@pytest.mark.parametrize('f,axis', [(lambda x, w: torch.einsum('bhwc,cd->bhwd', x, w), 3), (lambda x, w: torch.einsum('bhwc,cd->bdhw', x, w), 1), (lambda x, w: x @ w, 3),
+    (lambda x, w: torch.addmm(torch.zeros(16), x.reshape(-1, 8), w).view(*x.shape[:3], 16), 3), (lambda x, w: torch.cat([x, x], -1), 3)], ids=['einsum', 'einsum turned', 'product', 'addmm', 'cat'])
+def test_channels_are_followed_from_a_norm(f, axis):
+    site = attention_sites(Turns(f, False).eval(), (3, 6, 10)).match('here')[0]
+    assert (site.channels, site.map, site.axis) == (16, (6, 10), axis)
+
+@pytest.mark.parametrize('f', [lambda x, w: torch.tensordot(x, w, 1), lambda x, w: torch.bmm(x.flatten(1, 2), w.expand(len(x), -1, -1)).view(*x.shape[:3], 16),
+    lambda x, w: (w.T @ x[..., None])[..., 0], lambda x, w: torch.stack([x, x], -1).flatten(3), lambda x, w: (x[..., None]*w).sum(-2)], ids=['tensordot', 'bmm', 'a column', 'stack', 'sum'])
+def test_channels_that_are_lost_are_no_place(f):
+    "They would be taken for those of side 1, rows of the map"
+    with pytest.raises(ValueError, match=r'gives \(1, 6, 10, 16\), and on which side its channels are cannot be told'): insert_attention(Turns(f, False).eval(), 'here', size=(3, 6, 10))
+    model = nn.Sequential(Turns(f, False), nn.Unflatten(1, (16, 1))).eval()
+    assert 'here' not in [s.name for s in attention_sites(model, (3, 6, 10)) if not s.reason]
