@@ -688,8 +688,7 @@ def test_the_size_of_a_map_is_that_of_the_picture(browser, tmp_path):
 def test_the_head_to_begin_with(browser, learn, tmp_path):
     browser.open(attention_explorer(learn, fname=tmp_path / 'page.html', max_n=1, layers=['heads'], head=1))
     assert browser.state()['a'] == dict(model=0, layer=0, head=1)
-    browser.open(attention_explorer(learn, fname=tmp_path / 'page.html', max_n=1, layers=['pooled'], head=1))
-    assert browser.state()['a'] == dict(model=0, layer=0)        # which has no such head
+    with pytest.raises(ValueError, match='at most 0'): attention_explorer(learn, fname=tmp_path / 'none.html', max_n=1, layers=['pooled'], head=1)
 
 
 def test_a_view_is_shared_by_its_address(browser, page):
