@@ -78,7 +78,9 @@ def _normalizing(learn):
         is_first = isinstance(t, IntToFloatTensor) and issubclass(kind, TensorImage)
         with random_kept(), torch.no_grad():
             try: got = t((given if is_first else given/255).as_subclass(kind), split_idx=1)
-            except Exception: got = None     # it asks for more than a picture
+            except Exception:     # it asks for more than a picture
+                if isinstance(t, Normalize): found = t     # or for one on another device
+                continue
         if not isinstance(got, Tensor) or got.shape != given.shape: continue     # a size, which whoever runs the file chooses
         def is_near(want): return (got.as_subclass(Tensor)-want).abs().mean() <= 1e-3
         if is_near(given/255): continue
@@ -212,7 +214,9 @@ def _save(save, recorded, file, files, about):
 def _dynamic(program, x):
     "The names of those sides of `x` that a program leaves open: it takes another number there, and the others as they are"
     guards = [compile(g, 'guard', 'eval') for g in getattr(program, '_guards_code', None) or ()]
-    def takes(shape): return all(eval(g, dict(torch=torch, L=dict(x=SimpleNamespace(size=lambda: shape)))) for g in guards)
+    def takes(shape):
+        try: return all(eval(g, dict(torch=torch, L=dict(x=SimpleNamespace(size=lambda: shape)))) for g in guards)
+        except Exception: return False     # of other things than sizes
     def others(i): return ([*x.shape[:i],n,*x.shape[i+1:]] for n in range(2, 4*x.shape[i]+2) if n != x.shape[i])
     picture = next(n for n in program.graph.nodes if n.op == 'placeholder' and n.name == 'x').meta['val']
     symbols = [not isinstance(side, int) and side.node.expr.free_symbols for side in picture.shape]
@@ -241,7 +245,7 @@ def to_onnx(
 
 def _has_fixed_windows(node):
     "Adaptive pooling to more than one cell: ONNX has windows of one size there, whatever the map"
-    return 'adaptive' in str(node.target) and set(node.args[1]) != {1}
+    return str(node.target).startswith(('aten.adaptive_','aten._adaptive_')) and set(node.args[1]) != {1}
 
 # %% ../nbs/api/export.ipynb #ff78c005
 def to_torchscript(

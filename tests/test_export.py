@@ -225,6 +225,28 @@ def test_sides_are_open_where_other_numbers_give_the_right_answer(f, program, on
             x = torch.rand(3, 3, h, w)
             with torch.no_grad(): np.testing.assert_allclose(session.run(None, {'picture': x.numpy()})[0], Deployed(learn)(x), atol=1e-5)
 
+def test_sides_are_closed_where_a_guard_cannot_be_read():
+    learn, _ = classifier(nn.CrossEntropyLoss(), Sized(lambda x: x), normalize=False)
+    program, x = to_program(learn, size=20), torch.rand(2, 3, 20, 20)
+    assert export_module._dynamic(program, x) == ['bs', 'h', 'w']
+    program._guards_code = ["L['x'].stride()[0] == 1"]
+    assert export_module._dynamic(program, x) == []
+
+def test_a_module_may_be_called_as_a_pooling_is(one_registry, tmp_path):
+    net = nn.Sequential()
+    net.adaptive_pool = nn.Conv2d(3, 2, 1)
+    to_onnx(classifier(nn.CrossEntropyLoss(), net, normalize=False)[0], tmp_path/'m.onnx')
+
+def test_normalisation_that_cannot_be_tried_stays(monkeypatch):
+    "As of pictures on another device than its numbers"
+    learn, pictures = tensor_learner(TensorImage, [normalize()])
+    want = Deployed(learn)(pictures)
+    def fails(self, x, *args, f=Normalize.__call__, **kwargs):
+        if len(x) == 1: raise RuntimeError('Expected all tensors to be on the same device')
+        return f(self, x, *args, **kwargs)
+    monkeypatch.setattr(Normalize, '__call__', fails)
+    assert Deployed(learn)(pictures).equal(want)
+
 def test_files_written_inside_autocast_hold_none_of_it(one_registry, tmp_path):
     learn, x = attentive((12, 16))
     with torch.autocast('cpu', torch.bfloat16):
