@@ -64,6 +64,7 @@ def _of_loss(loss_func, name):
     f = getattr(loss_func, name, None)
     return None if getattr(f, '__func__', f) is getattr(BaseLoss, name) else f
 
+# %% ../nbs/api/export.ipynb #764cd3de
 def _batch_tfms(learn): return getattr(getattr(learn.dls, 'after_batch', None), 'fs', ())     # of a `Pipeline`, in fastai's loaders
 
 def _normalized(t, x): return (x-t.mean.as_subclass(Tensor))/t.std.as_subclass(Tensor)
@@ -138,6 +139,7 @@ def _example(
     h,w = (check_whole(1, 'pixels', size=side)[0] for side in sides)
     return torch.rand(2, picture_channels(learn), h, w, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
 
+# %% ../nbs/api/export.ipynb #de910350
 def _as_it_is(): return torch.autocast('cpu', enabled=False)     # what is recorded inside autocast would hold its casts
 
 def _tried(learn, size, output):
@@ -211,6 +213,7 @@ def _save(save, recorded, file, files, about):
     with _recording('a file'): save(recorded, memory, **{files:{'about.json':about}})
     file.write_bytes(memory.getbuffer())
 
+# %% ../nbs/api/export.ipynb #48f7f298
 def _dynamic(program, x):
     "The names of those sides of `x` that a program leaves open: it takes another number there, and the others as they are"
     guards = [compile(g, 'guard', 'eval') for g in getattr(program, '_guards_code', None) or ()]
