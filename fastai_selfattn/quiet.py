@@ -11,6 +11,7 @@ __all__ = []
 import math
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -102,31 +103,52 @@ def random_kept()->Iterator[None]:
     finally: put_back()
 
 # %% ../nbs/api/quiet.ipynb #91b2344b
-_plain = bool,int,float,str,type(None)
+_of_every_module = vars(nn.Module()).keys()
 
 def _same(a, b):
     if torch.equal(a, b): return True
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())     # NaN is the same as NaN
 
-def _flags(module): return {k:v for k,v in vars(module).items() if isinstance(v, _plain) and k != 'training'}
+def _put_back(t, old):
+    if not t.is_meta and not _same(t, old): t.copy_(old)     # writing would spoil a backward pass under way
 
+def _kept(module):
+    "What a module keeps beside its parameters, buffers, parts and hooks"
+    return {k:v for k,v in vars(module).items() if k not in _of_every_module}
+
+def _contents(value, found):
+    "Note in `found`, by id, what tensors, lists, queues, dicts and sets of any nesting hold"
+    if id(value) in found: return
+    if isinstance(value, Tensor) and not value.requires_grad: found[id(value)] = value,value.clone()
+    elif isinstance(value, (list,deque,dict,set)):
+        found[id(value)] = value,copy(value)
+        for o in value.values() if isinstance(value, dict) else value: _contents(o, found)
+
+def _refill(value, old):
+    "Put back what `_contents` noted"
+    if isinstance(value, Tensor): return _put_back(value, old)
+    value.clear()
+    (value.update if isinstance(value, (dict,set)) else value.extend)(old)
+
+# %% ../nbs/api/quiet.ipynb #91b2344c
 @contextmanager
 def unchanged(
     model:nn.Module, # any model
 )->Iterator[nn.Module]: # `model` in eval mode
     "`model` in eval mode; afterwards it and the random numbers as they were"
     buffers = [(m, n, b, None if b is None else b.clone()) for m in model.modules() for n,b in m._buffers.items()]
-    flags = [(m, _flags(m)) for m in model.modules()]
+    kept,contents = [(m, _kept(m)) for m in model.modules()],{}
+    for _,values in kept: _contents(values, contents)
     try:
         with random_kept(), as_before(model): yield model
     finally:
         with torch.no_grad():
             for m,n,b,old in buffers:
                 m._buffers[n] = b
-                if old is None or b.is_meta or _same(b, old): continue     # writing would spoil a backward pass under way
-                b.copy_(old)
-        for m,before in flags:
-            for name in _flags(m).keys()-before.keys(): del vars(m)[name]
+                if old is not None: _put_back(b, old)
+            for value,old in contents.values(): _refill(value, old)
+        for m,before in kept:
+            for name in _kept(m).keys()-before.keys(): del vars(m)[name]
             vars(m).update(before)
 
 @contextmanager

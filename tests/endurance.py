@@ -100,6 +100,10 @@ def same(a, b):
     if a.dtype != b.dtype or a.shape != b.shape: return False
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
+def may_overflow(args, features):
+    "Whether three of these `features`, multiplied, are beyond float32: without a softmax that is infinite, and times a gamma of 0 NaN"
+    return ('softmax' in args or args.get('layer') is SimpleSelfAttention) and float(features.abs().max()) > 1e9
+
 def equal(a, b): return list(a) == list(b) and all(same(v, b[k]) for k,v in a.items())
 
 def plain_state(model):
@@ -435,7 +439,8 @@ class Endurance(RuleBasedStateMachine):
         assert not there.keys() & {*paths} and paths, paths
         self.placed |= {p:how for p in paths}
         self.came()
-        if how == 'append': assert same(predict(self.model), before), 'predictions changed while gamma is 0'
+        if how == 'append' and not may_overflow(args, before):
+            assert same(predict(self.model), before), 'predictions changed while gamma is 0'
 
     @precondition(lambda self: self.placed)
     @rule(data=st.data())
