@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import fastai
@@ -134,7 +135,8 @@ def _example(
     if batch and batch[0][0].dim() != 4:
         raise ValueError(f"pictures (bs, c, h, w) are wanted, a batch of this Learner's is {tuple(batch[0][0].shape)}")
     if size is None: size = batch[0][0].shape[2:]
-    sides = tuple(size) if isinstance(size, Iterable) else (size,size)
+    try: sides = (size,size) if isinstance(size, str) else tuple(size)
+    except TypeError: sides = size,size     # one number, of any kind
     if len(sides) != 2: raise ValueError(f"`size` must be one side or (h, w), got {size!r}")
     h,w = (check_whole(1, 'pixels', size=side)[0] for side in sides)
     return torch.rand(2, picture_channels(learn), h, w, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
@@ -228,7 +230,7 @@ def _dynamic(program, x):
 # %% ../nbs/api/export.ipynb #2809e6d7
 def to_onnx(
     learn:Learner, # a trained Learner whose model takes one picture
-    fname:str|os.PathLike, # file to write, such as 'model.onnx'
+    fname:str|os.PathLike, # file to write, such as 'model.onnx'; 1.5 GB of weights and more go into 'model.onnx.data' beside it
     size:int|tuple[int,int]=None, # of the pictures in pixels, side or (h, w); as in its data if None
     output:str='probs', # 'probs' as the loss's `activation` makes them, 'classes' as its `decodes` does, or 'raw'
     dynamic:bool=True, # leave height and width open where the model allows it
@@ -243,8 +245,16 @@ def to_onnx(
         with _recording('ONNX'), _as_it_is():
             model = torch.onnx.export(program, input_names=['picture'], output_names=['prediction'], dynamo=True, verbose=False)
         model.model.metadata_props['about'] = _about(learn, net.output, x, _dynamic(program, x))
-        model.save(new)
+        _save_onnx(model, new, Path(fname).name)
     return Path(fname)
+
+def _save_onnx(model, new, name):
+    "Write `new`, which will be called `name`; weights of 1.5 GB and more go into a file of their own, whose name it holds"
+    with TemporaryDirectory(dir=new.parent, prefix='.unfinished-') as folder:
+        file,weights = Path(folder)/name,f'{name}.data'
+        model.save(file)
+        if file.with_name(weights).exists(): file.with_name(weights).replace(new.with_name(weights))
+        file.replace(new)
 
 def _has_fixed_windows(node):
     "Adaptive pooling to more than one cell: ONNX has windows of one size there, whatever the map"

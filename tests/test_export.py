@@ -256,6 +256,19 @@ def test_files_written_inside_autocast_hold_none_of_it(one_registry, tmp_path):
         want = Deployed(learn)(x)
         for f in (program.module(), torch.export.load(tmp_path/'m.pt2').module(), torch.jit.load(tmp_path/'m.pt')): torch.testing.assert_close(f(x), want, atol=1e-5, rtol=1e-4)
 
+def test_weights_of_a_large_onnx_file_have_its_name(one_registry, tmp_path, monkeypatch):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    from torch.onnx._internal.exporter import _onnx_program
+    monkeypatch.setattr(_onnx_program, '_LARGE_MODEL_THRESHOLD', 0)
+    learn, x = attentive((12, 16))
+    for _ in range(2):     # over one that is there too
+        to_onnx(learn, tmp_path/'m.onnx')
+        assert sorted(f.name for f in tmp_path.iterdir()) == ['m.onnx', 'm.onnx.data']
+    (tmp_path/'moved').mkdir()
+    for f in ('m.onnx', 'm.onnx.data'): (tmp_path/f).rename(tmp_path/'moved'/f)
+    got, = onnxruntime.InferenceSession(tmp_path/'moved'/'m.onnx').run(None, dict(picture=x.numpy()))
+    with torch.no_grad(): torch.testing.assert_close(torch.tensor(got), Deployed(learn)(x), atol=1e-4, rtol=1e-4)
+
 def test_onnx_names_the_packages_that_it_needs(tmp_path, monkeypatch):
     learn, _ = classifier(CrossEntropyLossFlat())
     monkeypatch.setattr(export_module, 'find_spec', lambda name: name != 'onnxscript')
@@ -410,7 +423,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('kwargs,error,says', [
     (dict(output='softmax'), ValueError, "'probs', 'classes', 'raw'"), (dict(size=(8, 8, 8)), ValueError, r'one side or \(h, w\)'),
-    (dict(size=0), ValueError, '1 or more pixels'), (dict(size=8.5), TypeError, 'whole number')], ids=named)
+    (dict(size=0), ValueError, '1 or more pixels'), (dict(size=8.5), TypeError, 'whole number'),
+    (dict(size=torch.tensor(8)), TypeError, r'whole number.*tensor\(8\)'), (dict(size='64'), TypeError, "whole number.*'64'")], ids=named)
 def test_what_cannot_be(kwargs, error, says, tmp_path):
     learn, _ = classifier(CrossEntropyLossFlat())
     for write in (to_program, to_onnx, to_torchscript):

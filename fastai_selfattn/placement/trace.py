@@ -173,10 +173,12 @@ def _vector(model):
 def _first_example(batch, model, conv):
     "The first example of `batch`, which may be nested, as the model takes it"
     x,nd = next(tensors(batch)),len(conv.kernel_size) if conv else 0
+    if not x.dim(): raise TypeError(f"a batch must be (bs, ...), got the one number {x.item()!r}: give a size as a plain whole number")
     if nd and x.is_floating_point() and x.dim() == nd+1 and not any(t.dim() == nd+2 for t in tensors(batch)):
         raise ValueError(f'a batch must be (bs, channels, ...), got {tuple(x.shape)}')
     return [*each_tensor(torch.clone, for_model(model, rows(tuple(batch), slice(1))))]
 
+# %% ../../nbs/api/placement/trace.ipynb #e8b08abb
 def example(model, size):
     "What to call `model` with, and where that is from"
     conv,like = _first_conv(model),next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..attention.kinds import attention_off, did_you_mean
 from ..quiet import bare_model, check_type, check_whole, each_tensor, eagerly, for_model, picture_tensors, unchanged
-from .record import cells_of, check_points, place_points
+from .points import cells_of, check_points, place_points
 
 # %% ../../nbs/api/seeing/field.ipynb #0b63879c
 class ReceptiveField(NamedTuple):

@@ -35,7 +35,8 @@ from ..quiet import bare_model, check_type, check_whole, eval_mode, random_kept
 from .gamma_logger import GammaLogger, mend_wandb, warn_once
 from .pictures import check_items, pictures
 from .plot import plot_attention, show_attention, show_attention_growth
-from .record import AttentionRecorder, check_points
+from .points import check_points
+from .record import AttentionRecorder
 
 # %% ../../nbs/api/seeing/map_logger.ipynb #0adadd78
 def _rendered(fig):

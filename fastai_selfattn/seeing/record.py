@@ -11,10 +11,8 @@ __all__ = ['AttentionRecorder']
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import product
 from numbers import Integral
 
-import numpy as np
 import pandas as pd
 import torch
 from fastai.learner import Learner
@@ -25,60 +23,7 @@ from torch.nn.parallel import DataParallel
 from ..attention.kinds import choose_layers, gamma_of, has_map, has_vectors, layer_vectors, layer_weights, one_number, pool_of
 from ..attention.ops import AttentionStats, attention_stats, attention_weights
 from ..quiet import check_whole, eagerly, first_tensor, model_and_learner, picture_tensors
-
-# %% ../../nbs/api/seeing/record.ipynb #02dde7be
-def cells_of(points, image_size, map_size):
-    "Index into the flattened map of the cell that covers each point of the image"
-    def index(point):
-        idx = 0
-        for x,image_side,map_side in zip(point, image_size, map_size): idx = idx*map_side + x*map_side//image_side
-        return idx
-    return [index(p) for p in points]
-
-# %% ../../nbs/api/seeing/record.ipynb #56288be3
-def check_points(
-    points:Sequence[tuple[int,int]]|str|int|None, # as `AttentionRecorder` takes them
-)->list[tuple[int,...]]|str|int|None: # as they are if the recorder is to choose, else tuples of ints
-    "The query pixels that were asked for; `ValueError` unless they can be any"
-    if points is None or isinstance(points, str) and points in ('grid','center'): return points
-    if isinstance(points, Integral) and not isinstance(points, bool) and points > 0: return int(points)
-    given = points.tolist() if isinstance(points, (Tensor,np.ndarray)) and points.ndim else points
-    if isinstance(given, str) or not isinstance(given, Sequence) or not len(given):
-        raise ValueError("`points` must be a list of (row, col) in image pixels with at least one point, 'grid', 'center', "
-                         f"or how many to draw at random; got {points!r}")
-    for p in given:
-        if not isinstance(p, (tuple,list)) or not p or any(isinstance(x, bool) or not hasattr(x, '__index__') for x in p):
-            raise ValueError(f"each of `points` must be (row, col) in whole image pixels, got {p!r}")
-    return [tuple(map(int, p)) for p in given]
-
-# %% ../../nbs/api/seeing/record.ipynb #a1c937de
-def place_points(points, size, seed):
-    "`points` as (row, col) on an image of `size`"
-    where = f"the image of {'x'.join(map(str, size))} pixels"
-    if points == 'center': return [tuple(s//2 for s in size)]
-    if points == 'grid': return list(dict.fromkeys(product(*([(2*i+1)*s//6 for i in range(3)] for s in size))))
-    if isinstance(points, int):
-        if points > math.prod(size): raise ValueError(f"{points} different points cannot be drawn from {where}")
-        drawn = torch.randperm(math.prod(size), generator=torch.Generator().manual_seed(seed))[:points]
-        return list(zip(*(i.tolist() for i in torch.unravel_index(drawn, size))))
-    for p in points:
-        if len(p) != len(size) or not all(0 <= x < s for x,s in zip(p, size)):
-            raise ValueError(f"point {p} is not on {where}: give (row, col) from (0, 0) to {tuple(s-1 for s in size)}")
-    return points
-
-# %% ../../nbs/api/seeing/record.ipynb #a151345a
-def _middles(map_size, image_size, pool=1):
-    "(n, dims) middles of the cells of the pooled map, in pixels of the image"
-    def side(cells, pixels):
-        start = torch.arange(0, cells, pool)
-        return (start+(start+pool).clamp(max=cells))*pixels/(2*cells)
-    return torch.stack(torch.meshgrid(*map(side, map_size, image_size), indexing='ij'), -1).flatten(0, -2)
-
-def _own(map_size, pool):
-    "Index into the flattened pooled map of the cell that each cell of the map is in"
-    idx = torch.zeros(1, dtype=torch.long)
-    for side in map_size: idx = (idx[:,None]*-(-side//pool) + torch.arange(side)//pool).flatten()
-    return idx
+from .points import cells_of, check_points, middles, own_cells, place_points
 
 # %% ../../nbs/api/seeing/record.ipynb #cfdd0cc1
 def change_share(
@@ -168,6 +113,12 @@ def _check_maps(self:AttentionRecorder, named):
                          "choose other `layers`, or `vectors=False`")
 
 # %% ../../nbs/api/seeing/record.ipynb #d3fc15b9
+class _Hook:
+    "A hook that a copy of its model, or a file of it, has too, but that does nothing there"
+    def __init__(self, look=None): self.look = look
+    def __call__(self, *args): return self.look(*args) if self.look else None
+    def __reduce__(self): return _Hook,()
+
 def _unhook(module, hook):
     "Take `hook` away from `module`"
     tables = [t for name,t in vars(module).items() if 'hook' in name and isinstance(t, dict)]
@@ -188,9 +139,9 @@ def _leave(self:AttentionRecorder):
 def __enter__(self:AttentionRecorder):
     if self._stack: raise RuntimeError("this recorder is recording already: make another one for a `with` block inside")
     Module,kwargs = nn.Module,dict(with_kwargs=True)
-    self._hooks = [(self.model, Module.register_forward_pre_hook, self._before, kwargs),
-                   *((m, Module.register_forward_hook, self._look(name), kwargs) for name,m in self.layers.items()),
-                   (self.model, Module.register_forward_hook, self._after, {})]
+    self._hooks = [(self.model, Module.register_forward_pre_hook, _Hook(self._before), kwargs),
+                   *((m, Module.register_forward_hook, _Hook(self._look(name)), kwargs) for name,m in self.layers.items()),
+                   (self.model, Module.register_forward_hook, _Hook(self._after), {})]
     try:
         self._stack = ExitStack()
         self._stack.enter_context(eagerly())
@@ -236,7 +187,7 @@ def _maps(layer, x, vectors, rows, head):
 def _layer_stats(layer, x, vectors, image_size, head):
     "(5, bs, *map size) statistics of all query pixels, of one head or the mean"
     size,pool = tuple(x.shape[2:]),pool_of(layer)
-    where = _middles(size, image_size),_middles(size, image_size, pool),_own(size, pool)
+    where = middles(size, image_size),middles(size, image_size, pool),own_cells(size, pool)
     if vectors is None: s = _stats_of_weights(layer, x, *where)
     else:
         q,k = (t.flatten(2, -2).flatten(0, 1) for t in vectors)

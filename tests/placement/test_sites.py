@@ -628,7 +628,7 @@ def test_size_in_every_form(model, size, shape, says):
 
 @pytest.mark.parametrize('size,error,got', [
     ('big', TypeError, 'got str'), (32., TypeError, 'got float'), ((32., 48), TypeError, r'got \(32.0, 48\)'), (True, TypeError, 'got True'), (('a', 3), TypeError, r"got \('a', 3\)"), ({'x': 3}, TypeError, 'got dict'), (object(), TypeError, 'got object'),
-    (np.zeros((2, 3)), TypeError, 'got ndarray'), ((), ValueError, r'got \(\)'), (0, ValueError, 'got 0'), (-4, ValueError, 'got -4'), ((3, -1, 4), ValueError, r'got \(3, -1, 4\)'), ((1, 2, 3, 4, 5), ValueError, r'got \(1, 2, 3, 4, 5\)'), ((7,), ValueError, r'got \(7,\)'),
+    (np.zeros((2, 3)), TypeError, 'got ndarray'), (torch.tensor(32), TypeError, 'got the one number 32'), ((), ValueError, r'got \(\)'), (0, ValueError, 'got 0'), (-4, ValueError, 'got -4'), ((3, -1, 4), ValueError, r'got \(3, -1, 4\)'), ((1, 2, 3, 4, 5), ValueError, r'got \(1, 2, 3, 4, 5\)'), ((7,), ValueError, r'got \(7,\)'),
     ((4, H, W), ValueError, f'does not run on an image of 4x{H}x{W} .as given.*Give another `size`, or a batch'), ((7, 4, H, W), ValueError, f'does not run on an image of 4x{H}x{W}'), (torch.zeros(2, 5, H, W), ValueError, f'does not run on an image of 5x{H}x{W} .one image of the batch')], ids=named)
 def test_bad_sizes_are_named(size, error, got):
     with pytest.raises(error, match=f'(?s){got}'): attention_sites(cnn(), size)

@@ -27,7 +27,8 @@ from fastai_selfattn.attention.ops import AttentionStats
 from fastai_selfattn.attention.kinds import attention_layers, attention_off, choose_layers, has_map
 from fastai_selfattn.quiet import bare_model
 from fastai_selfattn.seeing.field import receptive_field
-from fastai_selfattn.seeing.record import AttentionRecorder, cells_of, change_share
+from fastai_selfattn.seeing.points import cells_of
+from fastai_selfattn.seeing.record import AttentionRecorder, change_share
 from fastai_selfattn.placement.unet import create_unet_model
 
 @contextlib.contextmanager
@@ -903,3 +904,19 @@ def test_a_learner_is_recorded_by_its_model_and_left_without_hooks():
     with AttentionRecorder(learn) as rec: model(x)
     assert rec.model is model and [*rec.maps] and hooks(model) == before
     with pytest.raises(TypeError, match='an nn.Module or a Learner, got int'): AttentionRecorder(3)
+
+
+def test_a_copy_made_while_recording_is_not_watched(tmp_path):
+    "Copied, or saved, inside the block: what the copy does is not recorded, and the recorder goes on"
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), SelfAttention(16)).eval()
+    x, other = torch.randn(2, 2, 3, 8, 8)
+    with torch.no_grad(), AttentionRecorder(model) as rec:
+        want = model(x)
+        twin = copy.deepcopy(model)
+        torch.save(model, tmp_path/'model.pt')
+        read = torch.load(tmp_path/'model.pt', weights_only=False)
+        maps = rec.maps['1']
+        for m in (twin, read): assert torch.equal(m(x), want) and not torch.equal(m(other), want)
+        assert torch.equal(rec.maps['1'], maps)
+        model(other)
+        assert not torch.equal(rec.maps['1'], maps)
