@@ -13,9 +13,8 @@ import math
 import os
 import sys
 import weakref
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import product
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,109 +27,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .attention import tiles
-from .attention.kinds import attention_layers
 from .attention.ops import attention_backend
-from .export import Deployed, picture_channels
+from .export import Deployed, picture_channels, picture_values
 from .quiet import check_type, check_whole, tensors
-
-# %% ../nbs/api/large.ipynb #26a1378f
-class _Look(NamedTuple):
-    "What must be known of a model for windows"
-    unit:int        # pixels; windows begin at multiples of it
-    margin:int      # pixels, a multiple of `unit`
-    layers:dict     # name -> attention layer, in the order in which they run
-    strides:dict    # name -> pixels of the picture for a cell of its map
-    channels:dict   # name -> channels of its map
-
-def _sides(model, layers, x):
-    "The least side of any map, and the shape of what goes into each attention layer, in the order in which they run"
-    sides,shapes = [],{}
-    def see(m, args, out):
-        if isinstance(out, Tensor) and out.dim() == 4: sides.append(min(out.shape[2:]))
-    def see_layer(name, args):
-        if name in shapes: raise ValueError(f"attention layer {name} runs more than once in a pass, which windows cannot follow")
-        shapes[name] = args[0].shape
-    with ExitStack() as stack, torch.no_grad():
-        for m in model.modules(): stack.callback(m.register_forward_hook(see).remove)
-        for name,m in layers.items():
-            stack.callback(m.register_forward_pre_hook(lambda m, args, name=name: see_layer(name, args)).remove)
-        y = model(x)
-    if not isinstance(y, Tensor) or y.dim() != 4 or y.shape[2:] != x.shape[2:]:
-        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"the model must give a map of the picture's size, (bs, classes, h, w); of {tuple(x.shape)} it made {got}")
-    return min(sides),shapes
-
-# %% ../nbs/api/large.ipynb #0c54d215
-@contextmanager
-def _stand_ins(functions):
-    "Modules compute what `functions` say, module -> function"
-    for m,f in functions.items(): m.forward = f
-    try: yield
-    finally:
-        for m in functions: del m.forward
-
-# %% ../nbs/api/large.ipynb #46255aca
-SIDE = 256    # pixels of the picture with which a model is looked at first
-MOST = 64     # units of the longest strip that is tried
-
-_FAR = ("besides attention, something in this model looks farther than {} pixels, perhaps everywhere (a normalisation or a mean "
-        "over the picture): windows cannot be exact")
-
-def _reach(model, unit, channels, dim):
-    "Pixels along `dim` (2 or 3) from which an output pixel may take something, on the farther side; attention is off"
-    for units in (16, 32, MOST):
-        size = [unit*2,unit*2]
-        size[dim-2] = unit*units
-        x,at = torch.zeros(1, channels, *size),unit*units//2
-        x.narrow(dim, at, unit).fill_(math.nan)
-        with torch.no_grad(): seen = model(x).isnan().any(1)[0].any(3-dim).nonzero()[:,0]     # along the other side
-        if len(seen) and seen[0] > 0 and seen[-1] < unit*units-1: return max(at-seen[0].item(), seen[-1].item()+1-at-unit, 0)
-    raise ValueError(_FAR.format(MOST//2*unit))
-
-def _look(model, channels):
-    "What must be known of `model`, a copy in eval mode on a CPU"
-    layers = attention_layers(model)
-    if not layers: raise ValueError(f"this {type(model).__name__} has no attention layer")
-    for name,m in layers.items():
-        if type(m).__module__.startswith('fastai.'):
-            raise ValueError(f"{name} is fastai's own layer, which holds n x n: turn it into ours, with `learn.upgrade_attention()`")
-    with _stand_ins({m: lambda x: x for m in layers.values()}):
-        try: least,shapes = _sides(model, layers, torch.zeros(1, channels, SIDE, SIDE))
-        except RuntimeError as e: raise ValueError(f"the model does not take a picture (c, h, w) of {channels} channels: {e}") from e
-        if least < 4: raise ValueError(_FAR.format(SIDE//2))
-        uneven = sorted({f'{h}x{w}' for _,_,h,w in shapes.values() if h != w or SIDE % h})
-        if uneven or SIDE % least:
-            raise ValueError(f"of a picture of {SIDE}x{SIDE} this model makes maps of {', '.join(uneven) or least}: "
-                             "windows need maps whose sides divide those of the picture, height and width alike")
-        unit = SIDE//least
-        reach = max(_reach(model, unit, channels, dim) for dim in (2,3))
-    strides = {name: SIDE//s[2] for name,s in shapes.items()}
-    return _Look(unit, -(-reach//unit)*unit, {n: layers[n] for n in shapes}, strides, {n: s[1] for n,s in shapes.items()})
-
-# %% ../nbs/api/large.ipynb #7201f0b1
-class _Window(NamedTuple):
-    "What a window covers of one side of the picture, in pixels"
-    start:int   # of the window itself
-    stop:int
-    from_:int   # with its margin
-    to:int
-
-    def piece(self, stride=1):
-        "Its part of a whole map of that stride"
-        return slice(self.start//stride, self.stop//stride)
-
-    def all(self, stride=1):
-        "Its part of a whole map, margin included"
-        return slice(self.from_//stride, self.to//stride)
-
-    def inner(self, stride=1):
-        "Its part of a map of a window, where the margin is cut off"
-        return slice((self.start-self.from_)//stride, (self.stop-self.from_)//stride)
-
-def _windows(length, width, margin):
-    for start in range(0, length, width):
-        stop = min(start+width, length)
-        yield _Window(start, stop, max(0, start-margin), min(length, stop+margin))
+from .windows import MOST, SIDE, look_at, stand_ins, windows
 
 # %% ../nbs/api/large.ipynb #d7918964
 class Peak(TorchDispatchMode):
@@ -181,7 +81,7 @@ def _fit(look, model, size, channels, held, max_bytes):
     maps = held + sum(4*c*cells[name] for name,c in look.channels.items())
     tried,attending = zip(*(_attending(look.layers[name], look.channels[name], cells[name]) for name in cells))
     attention = maps + max(attending)
-    with _stand_ins({m: lambda x: x for m in look.layers.values()}): a_pixel = _peak(model, channels, 8*look.unit).most/(8*look.unit)**2
+    with stand_ins({m: lambda x: x for m in look.layers.values()}): a_pixel = _peak(model, channels, 8*look.unit).most/(8*look.unit)**2
     looking = max(*tried, a_pixel*max(SIDE**2, 2*MOST*look.unit**2, 2*look.unit*_strip(look)[1]))     # what has been done already
     def passing(width): return maps + a_pixel*math.prod(min(width+2*look.margin, side) for side in size)
     widths = range(-(-max(size)//look.unit)*look.unit, 0, -look.unit)
@@ -208,19 +108,17 @@ def _run(model, x):
 
 def _pass(model, look, picture, width, done, stop, tick):
     "What goes into layer `stop`, or the prediction if None, (channels, h, w), window by window; `tick` gets the share that is done"
-    rows,cols = (list(_windows(side, width, look.margin)) for side in picture.shape[1:])
+    rows,cols = (list(windows(side, width, look.margin)) for side in picture.shape[1:])
     stride,whole,device = look.strides[stop] if stop else 1,None,next(model.parameters()).device
     for k,(i,j) in enumerate(product(rows, cols)):
         tick(k/(len(rows)*len(cols)))
         def piece(name): return lambda x: done[name][:, :, i.all(look.strides[name]), j.all(look.strides[name])].to(device)
         functions = {look.layers[name]: piece(name) for name in done} | ({look.layers[stop]: _enough} if stop else {})
-        with _stand_ins(functions), torch.no_grad(): y = _run(model, _values(picture[None, :, i.all(), j.all()]).to(device))
+        with stand_ins(functions), torch.no_grad(): y = _run(model, picture_values(picture[None, :, i.all(), j.all()]).to(device))
         if whole is None: whole = y.new_empty(*y.shape[:-2], *(side//stride for side in picture.shape[1:]), device='cpu')
         whole[..., i.piece(stride), j.piece(stride)] = y[..., i.inner(stride), j.inner(stride)]
         del y     # before the next
     return whole
-
-def _values(picture): return picture/255 if picture.dtype == torch.uint8 else picture
 
 # %% ../nbs/api/large.ipynb #ada8d308
 def _strip(look):
@@ -233,7 +131,7 @@ def _check_windows(model, look, channels):
     width,length = _strip(look)
     for size in ((2*look.unit,length), (length,2*look.unit)):
         strip = torch.rand(channels, *size, generator=torch.Generator().manual_seed(0))
-        with _stand_ins({m: lambda x: x for m in look.layers.values()}), torch.no_grad():
+        with stand_ins({m: lambda x: x for m in look.layers.values()}), torch.no_grad():
             whole,pieces = model(strip[None])[0],_pass(model, look, strip, width, {}, None, lambda share: None)[0]
         if (whole-pieces).abs().max() > 1e-3*whole.abs().max():
             raise ValueError("besides attention, what this model computes depends on where in the picture a window lies "
@@ -296,10 +194,21 @@ def _as_tensor(picture, learn):
 
 def _extended(picture, unit):
     "`picture` with its last rows and columns repeated up to a multiple of `unit`"
-    for dim in (1,2):
-        n = picture.shape[dim]
-        if n % unit: picture = picture.index_select(dim, torch.arange(-(-n//unit)*unit).clamp(max=n-1))
-    return picture
+    h,w = picture.shape[1:]
+    if h % unit == w % unit == 0: return picture
+    whole = picture.new_empty(len(picture), -(-h//unit)*unit, -(-w//unit)*unit)
+    whole[:, :h, :w] = picture
+    whole[:, h:, :w] = picture[:, -1:]
+    whole[:, :, w:] = whole[:, :, w-1:w]
+    return whole
+
+def _bytes_of_a_pixel(model, look, picture):
+    "Of the prediction; `ValueError` where what the loss makes of it cannot be had part by part"
+    with torch.no_grad(), stand_ins({m: lambda x: x for m in look.layers.values()}):
+        raw = model.raw(picture_values(picture[None, :, :8*look.unit, :8*look.unit]))
+        _check_finish(model, raw)
+        y = model.finished(raw)
+    return y.nbytes//math.prod(y.shape[-2:])
 
 # %% ../nbs/api/large.ipynb #864d6fd7
 def _predict(model, look, picture, width, at):
@@ -322,16 +231,13 @@ def predict_large(
     max_bytes, = check_whole(tiles.LEAST, 'bytes', max_bytes=max_bytes)
     check_type(bool, 'True or False', progress=progress)
     model,given = Deployed(learn, output),_as_tensor(picture, learn)
-    look = _look(model.model, len(given))
+    look = look_at(model.model, len(given))
     _check_windows(model.model, look, len(given))
     picture = _extended(given, look.unit)
     size = tuple(picture.shape[1:])
-    with torch.no_grad(), _stand_ins({m: lambda x: x for m in look.layers.values()}):
-        raw = model.raw(_values(picture[None, :, :8*look.unit, :8*look.unit]))
-        _check_finish(model, raw)
-        example = model.finished(raw)
-    prediction = example.element_size()*example[0].numel()//math.prod(example.shape[-2:])*math.prod(size)
-    width,spare = _fit(look, model, size, len(picture), picture.element_size()*picture.numel() + prediction, max_bytes)
+    held = sum(t.nbytes for t in {id(t):t for t in (given,picture)}.values())
+    held += _bytes_of_a_pixel(model, look, picture)*math.prod(size)
+    width,spare = _fit(look, model, size, len(picture), held, max_bytes)
     model = model.to(next(learn.model.parameters()).device)
     shown = _progress(look, progress and (IN_NOTEBOOK or sys.stdout.isatty()))
     with shown as at, attention_backend(max_bytes=spare), tiles.no_autocast(next(model.parameters())):

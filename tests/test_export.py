@@ -6,11 +6,11 @@ import pytest, torch
 from conftest import Largest, named
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.learner import Learner
+from fastai.learner import Learner, load_learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, MSELossFlat
-from fastai.torch_core import TensorImage
+from fastai.torch_core import TensorImage, TensorImageBW
 from fastai.vision.augment import Brightness, RandomResizedCropGPU, aug_transforms
-from fastai.vision.core import PILImage
+from fastai.vision.core import PILImage, PILImageBW
 from fastai.vision.data import ImageBlock, MaskBlock
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import IntToFloatTensor, Normalize
@@ -154,7 +154,26 @@ class Log(Transform):
     order = 95
     def encodes(self, x:TensorImage): return torch.log1p(x)
 
-@pytest.mark.parametrize('tfms,says', [([Log()], 'transform Log changes'), ([IntToFloatTensor(div=127)], 'transform IntToFloatTensor changes'),
+class Turn(Transform):
+    "The channels"
+    order = 50
+    def encodes(self, x:TensorImage): return x[:, [2, 1, 0]]
+
+class Grey(Transform):
+    order = 50
+    def encodes(self, x:TensorImage): return x.mean(1, keepdim=True).expand_as(x)
+
+class Posterize(Transform):
+    "Of bytes, which come before `IntToFloatTensor`"
+    def encodes(self, x:TensorImage): return x & 0b11000000
+
+class Fit(Transform):
+    "What was normalised"
+    order = 200
+    def encodes(self, x:TensorImage): return x.clamp(0, 1)
+
+@pytest.mark.parametrize('tfms,says', [([Log()], 'transform Log changes'), ([Turn()], 'transform Turn changes'), ([Grey()], 'transform Grey changes'),
+    ([Posterize()], 'transform Posterize changes'), ([Fit()], 'transform Fit changes'), ([IntToFloatTensor(div=127)], 'transform IntToFloatTensor changes'),
     (aug_transforms(), None), (aug_transforms(size=24), None), ([RandomResizedCropGPU(24)], None), ([Brightness(.9, 1.)], None)], ids=lambda v: 'x'.join(type(t).__name__ for t in v or []) if isinstance(v, list) else '')
 def test_what_changes_pictures_at_validation_is_no_secret(tfms, says):
     block = DataBlock((ImageBlock, CategoryBlock), get_x=lambda i: pictures_dls()[1][i], get_y=lambda i: 'abc'[i % 3], batch_tfms=[*tfms, Normalize.from_stats([.2, .3, .4], [.5, .6, .7])])
@@ -164,6 +183,22 @@ def test_what_changes_pictures_at_validation_is_no_secret(tfms, says):
         with pytest.raises(ValueError, match=says): Deployed(learn)
     else: Deployed(learn)
     assert torch.get_rng_state().equal(state)
+
+class Invert(Transform):
+    order = 50
+    def encodes(self, x:TensorImageBW): return 1-x
+
+def test_pictures_are_of_the_class_that_would_be_read(tmp_path):
+    "A transform for pictures in black and white is seen where there is no data too"
+    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_y=a_or_b, batch_tfms=[Invert()])
+    for name in ('a.png', 'b.png'): Image.new('L', (12, 8), 90).save(tmp_path/name)
+    files = [tmp_path/'a.png', tmp_path/'b.png']*2
+    learn = Learner(block.dataloaders(files, bs=2, num_workers=0), nn.Conv2d(1, 2, 1), loss_func=CrossEntropyLossFlat())
+    learn.export(tmp_path/'learn.pkl')
+    for l in (learn, load_learner(tmp_path/'learn.pkl')):
+        with pytest.raises(ValueError, match='transform Invert changes'): Deployed(l)
+
+def a_or_b(f): return f.stem
 
 class Other(Normalize):
     "Of another formula"
@@ -341,7 +376,7 @@ class Locked(nn.Identity):
 def test_a_model_that_cannot_be_copied(tmp_path):
     learn, _ = classifier(CrossEntropyLossFlat(), Locked(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), normalize=False)
     for write in (to_program, to_onnx, to_torchscript):
-        with pytest.raises(ValueError, match=r'must be one that can be copied, and this Sequential cannot: TypeError: .*lock'): write(learn, tmp_path/'model')
+        with pytest.raises(ValueError, match=r'must be something that can be copied, and this Sequential cannot: TypeError: .*lock'): write(learn, tmp_path/'model')
     assert not list(tmp_path.iterdir())
 
 class OfTwo(nn.Module):
@@ -354,6 +389,63 @@ def test_the_activation_may_choose_among_outputs(tmp_path):
     learn, _ = classifier(OfTwo(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Two(), normalize=False)
     for write in (to_program, to_onnx, to_torchscript): write(learn, tmp_path/'model')
     assert to_program(learn, output='classes').module()(torch.rand(2, 3, 20, 24)).shape == (2,)
+
+class Calibrated(CrossEntropyLossFlat):
+    "With a temperature that is learned"
+    def __init__(self): super().__init__(); self.temperature = nn.Parameter(torch.tensor(2.))
+    def activation(self, x): return (x/self.temperature).softmax(-1)
+
+class CalibratedModule(nn.Module):
+    def __init__(self): super().__init__(); self.temperature = nn.Parameter(torch.tensor(2.))
+    def forward(self, x, y): return nn.functional.cross_entropy(x/self.temperature, y)
+    def activation(self, x): return (x/self.temperature).softmax(-1)
+
+@pytest.mark.parametrize('loss', [Calibrated, CalibratedModule], ids=named)
+def test_a_loss_may_have_learned_numbers(loss, tmp_path):
+    learn, _ = classifier(loss(), normalize=False)
+    x = torch.rand(2, 3, 20, 24)
+    with torch.no_grad(): want = (learn.model.eval()(x)/2).softmax(-1)
+    to_torchscript(learn, tmp_path/'m.pt')
+    for f in (to_program(learn).module(), torch.jit.load(tmp_path/'m.pt')): torch.testing.assert_close(f(x), want, atol=1e-5, rtol=1e-4)
+    assert learn.loss_func.temperature.requires_grad and not Deployed(learn)(x).requires_grad
+
+class Keeps(nn.Module):
+    def forward(self, x):
+        self.last = x
+        return x
+
+@pytest.mark.parametrize('layers', [lambda: (Keeps(),), lambda: (nn.utils.spectral_norm(nn.Conv2d(16, 16, 1)),), lambda: (nn.utils.weight_norm(nn.Conv2d(16, 16, 1)),)], ids=['kept', 'spectral', 'weight'])
+def test_after_a_pass_whose_graph_is_kept(layers):
+    learn, _ = classifier(CrossEntropyLossFlat(), nn.Conv2d(3, 16, 3, 2), *layers(), SelfAttention(16, gamma=1.), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3), normalize=False)
+    x = torch.rand(2, 3, 20, 24)
+    learn.model.train()(x)
+    model = learn.model.eval()
+    with torch.no_grad(): want = model(x).softmax(-1)
+    learn.model.train()(x)
+    kept = [t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor)]
+    assert any(t.grad_fn is not None for t in kept)
+    got = Deployed(learn)(x)
+    assert all(a is b for a, b in zip(kept, [t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor)]))
+    if isinstance(learn.model[1], Keeps): torch.testing.assert_close(got, want)
+    else: torch.testing.assert_close(got, want, atol=.05, rtol=.05)     # the power iteration went one step
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 3)
+        self.attention = nn.utils.spectral_norm(nn.MultiheadAttention(16, 2, batch_first=True), name='in_proj_weight')
+        self.gru = nn.utils.weight_norm(nn.GRU(16, 16, batch_first=True), 'weight_hh_l0')
+    def forward(self, x):
+        x = self.conv(x).flatten(2).transpose(1, 2)
+        return self.last(self.gru(self.attention(x, x, x, need_weights=False)[0])[0].mean(1))
+
+def test_norms_over_weights_of_other_names_are_made_plain():
+    learn, _ = classifier(CrossEntropyLossFlat(), Attends(), normalize=False)
+    x = torch.rand(2, 3, 20, 24)
+    with torch.no_grad(): want = learn.model.eval()(x).softmax(-1)
+    deployed = Deployed(learn)
+    torch.testing.assert_close(deployed(x), want)
+    assert {n for n, _ in deployed.named_parameters() if 'attention.' in n} == {f'model.0.attention.{n}' for n in ('in_proj_weight', 'in_proj_bias', 'out_proj.weight', 'out_proj.bias')}
 
 @pytest.mark.parametrize('layer', [lambda x: nn.functional.dropout(x, .5), lambda x: x.mul_(2)], ids=['random', 'in place'])
 def test_torchscript_of_what_draws_or_writes(layer, tmp_path):

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader as TorchLoader
 
 import fastai_selfattn.large as large
+import fastai_selfattn.windows as windows
 from fastai_selfattn.attention.layers import PooledSelfAttention2d, SelfAttention
 from fastai_selfattn.attention.ops import attention_backend
 from fastai_selfattn.export import Deployed
@@ -108,10 +109,10 @@ def test_windows_are_exact(monkeypatch, width, output):
 
 def test_a_smaller_margin_is_not_exact(monkeypatch):
     learn, x = learner(), picture(44, 92)
-    look = large._look(Deployed(learn).model, 3)
+    look = windows.look_at(Deployed(learn).model, 3)
     monkeypatch.setattr(large, '_fit', lambda *args: (12, 2**20))
     def off(margin):
-        monkeypatch.setattr(large, '_look', lambda model, c, f=large._look: f(model, c)._replace(margin=margin))
+        monkeypatch.setattr(large, 'look_at', lambda model, c, f=large.look_at: f(model, c)._replace(margin=margin))
         try: return (predict_large(learn, x, progress=False)-whole(learn, x)).abs().max()
         finally: monkeypatch.undo(), monkeypatch.setattr(large, '_fit', lambda *args: (12, 2**20))
     assert look.unit == 4 and off(look.margin) < 2e-6
@@ -144,6 +145,33 @@ def test_sides_that_are_no_multiple_are_extended_and_cut():
     assert got.shape == (3, 43, 90)
     torch.testing.assert_close(got, whole(learn, nn.functional.pad(x[None], (0, 2, 0, 1), mode='replicate')[0])[:, :43, :90], atol=2e-6, rtol=1e-5)
 
+class Pads(nn.Module):
+    "Pads to multiples of `n`, of 4 cells, and cuts the result"
+    def __init__(self, n, mode):
+        super().__init__()
+        self.n, self.mode, self.body = n, mode, nn.Sequential(nn.Conv2d(3, 8, 4, 4), SelfAttention(8, gamma=1.), nn.ConvTranspose2d(8, 3, 4, 4))
+    def forward(self, x):
+        h, w = x.shape[2:]
+        return self.body(nn.functional.pad(x, (0, -w%self.n, 0, -h%self.n), mode=self.mode))[..., :h, :w]
+
+@pytest.mark.parametrize('mode', ['constant', 'replicate', 'reflect'])
+@pytest.mark.parametrize('n', [4, 8, 16, 64])
+def test_a_model_that_pads_by_itself_has_a_larger_unit(n, mode, monkeypatch):
+    learn, x = learner(Pads(n, mode)), picture(64, 128)
+    assert windows.look_at(Deployed(learn).model, 3).unit == n
+    monkeypatch.setattr(large, '_fit', lambda *args: (n, 2**20))
+    torch.testing.assert_close(predict_large(learn, x, progress=False), whole(learn, x), atol=2e-6, rtol=1e-5)
+    if mode == 'replicate': torch.testing.assert_close(predict_large(learn, x[:, :44, :100], progress=False), whole(learn, x[:, :44, :100]), atol=2e-6, rtol=1e-5)
+
+@pytest.mark.parametrize('net,size', [(lambda: nn.Sequential(nn.Conv2d(3, 8, 32, 32), SelfAttention(8), nn.ConvTranspose2d(8, 150, 32, 32)), 512),
+    (lambda: nn.Sequential(nn.Conv2d(3, 8, 32, 32), SelfAttention(8), nn.Conv2d(8, 2048, 1), nn.PixelShuffle(32)), 1025)], ids=['many classes', 'odd sides'])
+def test_all_that_is_held_counts(net, size):
+    learn, x = learner(net()), picture(size, size)
+    with pytest.raises(ValueError, match='needs at least') as e: predict_large(learn, x, max_bytes=20_000, progress=False)
+    least = int(str(e.value).split('at least ')[1].split(' bytes')[0].replace(',', ''))
+    with Peak() as peak: predict_large(learn, x, max_bytes=least, progress=False)
+    assert peak.most <= least + 2*sum(p.nbytes for p in learn.model.parameters())
+
 def test_files_images_and_bytes(tmp_path):
     learn, x = learner(), picture(24, 36, torch.uint8)
     image = Image.fromarray(np.ascontiguousarray(x.permute(1, 2, 0).numpy()))
@@ -164,7 +192,7 @@ def test_normalisation_is_inside():
 
 @pytest.mark.parametrize('net,reach', [(nn.Conv2d(3, 2, 3, padding=1), 1), (nn.Conv2d(3, 2, (1, 7), padding=(0, 3)), 3), (nn.Conv2d(3, 2, (9, 1), padding=(4, 0)), 4),
     (nn.Sequential(nn.Conv2d(3, 2, 3, padding=5, dilation=5), nn.Conv2d(2, 2, 3, padding=1)), 6), (nn.Sequential(nn.ReplicationPad2d((3, 0, 0, 0)), nn.Conv2d(3, 2, (1, 4))), 3), (nn.Identity(), 0)], ids=named)
-def test_reach(net, reach): assert max(large._reach(net, 4, 3, dim) for dim in (2, 3)) == reach
+def test_reach(net, reach): assert max(windows._reach(net, 4, 3, dim) for dim in (2, 3)) == reach
 
 def test_the_learner_and_random_numbers_stay_as_they_were():
     learn = learner().to_fp32() if hasattr(Learner, 'to_fp32') else learner()
@@ -183,7 +211,11 @@ class Twice(nn.Module):
         self.layer = SelfAttention(3, 1)
     def forward(self, x): return self.layer(self.layer(x))
 
-@pytest.mark.parametrize('net,says', [(Net(Mean()), 'windows cannot be exact'), (Net(nn.InstanceNorm2d(8)), 'windows cannot be exact'),
+class OfTokens(nn.Module):
+    def __init__(self, attends=True): super().__init__(); self.layer, self.attends = SelfAttention(3, 1), attends
+    def forward(self, x): return self.layer(x.flatten(2)).view_as(x) if self.attends else x
+
+@pytest.mark.parametrize('net,says', [(OfTokens(), 'layer sees .1, 3, 65536. and no map'), (OfTokens(False), 'none of the attention layers runs in a pass: layer'), (Net(Mean()), 'windows cannot be exact'), (Net(nn.InstanceNorm2d(8)), 'windows cannot be exact'),
     (nn.Sequential(nn.AdaptiveAvgPool2d(1), SelfAttention(3, 1), nn.Upsample(256)), 'windows cannot be exact'), (Twice(), 'layer runs more than once'),
     (nn.Sequential(nn.Conv2d(3, 8, 1), fastai.layers.SelfAttention(8)), 'learn.upgrade_attention'), (nn.Sequential(nn.Conv2d(3, 8, 1)), 'no attention layer'),
     (nn.Sequential(SelfAttention(3, 1), nn.Conv2d(3, 2, 1, 2)), "map of the picture's size")], ids=lambda v: v if isinstance(v, str) else '')

@@ -270,18 +270,22 @@ def mix_at_once(layers, x):
     return mix(torch.cat(weights), x).split_with_sizes([len(w) for w in weights], 1)
 
 # %% ../../nbs/api/attention/norms.ipynb #c5c134a9
+def _made_from(conv, name):
+    "What the direction of a normalised weight is made from"
+    return getattr(conv, f'{name}_orig' if hasattr(conv, f'{name}_orig') else f'{name}_v')
+
 @torch.no_grad()
 def bake(
     conv:nn.Module, # one of `normed`, changed in place
 )->None:
     "Make the normalised weight a plain parameter, trainable if what it was made from was"
-    trains = (conv.weight_orig if hasattr(conv, 'weight_orig') else conv.weight_v).requires_grad
     hooks = _norm_hooks(conv)
-    if hooks:     # also on a conv of ours without a norm, where somebody put PyTorch's
-        for hook in hooks: _remove(conv, hook)
-        conv.weight.requires_grad_(trains)
-        without_hook(conv)
-        return
+    for hook in hooks:     # also on a conv of ours without a norm, where somebody put PyTorch's
+        trains = _made_from(conv, hook.name).requires_grad
+        _remove(conv, hook)
+        getattr(conv, hook.name).requires_grad_(trains)
+    if hooks: return without_hook(conv)
+    trains = _made_from(conv, 'weight').requires_grad
     conv.settle()
     weight = conv.weight.detach().clone()
     for name in _tensors(conv).keys() & {'weight_orig','weight_u','weight_v','weight_g'}: delattr(conv, name)

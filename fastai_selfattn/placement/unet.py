@@ -140,7 +140,7 @@ def unet_learner(
     plan,kwargs = _plan(fastai_learner.unet_learner, kwargs, self_attention, how, layer, max_side, side)
     _check(arch, kwargs.get('n_out', *args[1:2]))
     mode = plan.mode
-    pipes = [dl.after_batch for dl in dls.loaders]
+    pipes = [p for dl in dls.loaders if hasattr(p := getattr(dl, 'after_batch', None), 'fs')]     # fastai's plain loaders have a function
     tfms = [p.fs for p in pipes]
     if mode == 'fastai': kwargs['self_attention'] = True
     try:
