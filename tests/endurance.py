@@ -489,7 +489,8 @@ class Endurance(RuleBasedStateMachine):
         self.trained()
         for p,m in inserted_layers(self.model).items():
             moved = [n for n,t in m.named_parameters() if not same(t, own[p][n])]     # gamma alone may be too large for its step
-            burst = not all(t.isfinite().all() for t in own[p].values())     # NaN, as after steps without a softmax, stays NaN
+            burst = not all(t.isfinite().all() for t in (*own[p].values(), *self.numbers.values()))     # as after steps without a softmax:
+            # what is NaN stays NaN, and a norm of infinite variance lets no gradient through
             if m.gamma.requires_grad: assert moved or burst or self.felt(m), f'{p} did not learn'
             else: assert 'gamma' not in moved or self.drifts, f'{p} is frozen, and moved'
         self.did('train')

@@ -31,6 +31,7 @@ from .optim import inserted_layers, watch
 from .price import check_layer, layer_name, make_layer
 from .sites import Site
 from .skips import let_go, unets
+from .upgrade import copied_layer
 from ..quiet import bare_model, model_and_learner, random_kept
 
 # %% ../../nbs/api/placement/keep.ipynb #23cac1f1
@@ -64,6 +65,21 @@ def _at(path, place):
     if place.how == 'replace' and place.site.axis == 1: return path
     return path.removesuffix(place.hooked or path.rpartition('.')[2]).removesuffix('.')
 
+def _computes_the_same(layer, twin, site):
+    "Whether a layer made again is as `layer` beyond its shapes, tried with a gamma of 1; True where shapes differ or it cannot be tried"
+    if _shapes(twin.state_dict()) != _shapes(layer.state_dict()): return True
+    twin.load_state_dict(layer.state_dict())
+    pair = [copied_layer(m).cpu().float().eval() for m in (layer,twin)]
+    def tried(m, size):
+        torch.manual_seed(0)
+        if (gamma := kinds.gamma_of(m)) is not None: gamma.fill_(1)
+        return m(torch.rand(2, site.channels, *size))
+    with random_kept(), torch.no_grad():
+        for size in ([min(side, 8) for side in site.map], site.map):     # the second for layers that know one size
+            try: return torch.allclose(*(tried(m, size) for m in pair), rtol=1e-3, atol=1e-5, equal_nan=True)
+            except Exception: continue
+    return True
+
 def _describe(path, layer):
     "What to write of `layer` besides its tensors; `ValueError` if it could not be made again"
     place,name = layer.attention_place,_class_name(type(layer))
@@ -72,9 +88,12 @@ def _describe(path, layer):
     about = dict(path=path, how=place.how, hooked=place.hooked, site=site) | {'class':name, 'options':{}}
     if name not in _known(): return about     # whoever loads it says how it is made
     about['options'] = _options(layer)
-    try: twin = _shapes(_again(json.loads(json.dumps(about))).state_dict())
+    try: twin = _again(json.loads(json.dumps(about)))
     except (TypeError,ValueError) as e: raise ValueError(f"the {name} at {path} cannot be made again from its options: {e}") from e
-    if twin != _shapes(layer.state_dict()):
+    if not name.startswith('fastai_selfattn.') and not _computes_the_same(layer, twin, place.site):
+        raise ValueError(f"the {name} at {path} computes something else than one made with {about['options'] or 'its default options'} and "
+                         "its tensors, and cannot be kept: give it every option as an attribute of the same name")
+    if _shapes(twin.state_dict()) != _shapes(layer.state_dict()):
         raise ValueError(f"the {name} at {path} has other parameters than one made with {about['options'] or 'its default options'}: "
                          "it was changed after it was made, and cannot be kept")
     return about

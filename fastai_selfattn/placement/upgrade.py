@@ -84,7 +84,9 @@ def take_over(
     return ours
 
 # %% ../../nbs/api/placement/upgrade.ipynb #3be3baa3
-def _copied(layer):
+def copied_layer(
+    layer:nn.Module, # any attention layer
+)->nn.Module:
     "A copy of `layer` without the hooks of others, which need not see what it is tried on, and might hold a graph that cannot be copied"
     memo = {}
     for m in layer.modules():
@@ -98,7 +100,7 @@ def _copied(layer):
 @torch.no_grad()
 def _difference(layer, dtype=torch.float64):
     "How far ours would be from `layer` in what it adds to a map, relative to the largest value, the worse of eval and training mode"
-    theirs,ours = _copied(layer).to(dtype),take_over(_copied(layer).to(dtype))
+    theirs,ours = copied_layer(layer).to(dtype),take_over(copied_layer(layer).to(dtype))
     buffers,gen = [(b, b.clone()) for m in (theirs,ours) for b in m.buffers()],torch.Generator().manual_seed(0)
     x = torch.randn(2, ours.n_channels, 4, 6, generator=gen).to(theirs.gamma)
     def added(layer, gamma, training):

@@ -106,6 +106,33 @@ def test_a_model_built_around_a_body_with_attention(tmp_path, how, where):
 
 class Derived(SelfAttention): pass
 
+class Warmer(SelfAttention):
+    "Keeps an option by another name"
+    def __init__(self, n_channels, warmth=1.):
+        super().__init__(n_channels)
+        self._warmth = warmth
+    def forward(self, x): return super().forward(x*self._warmth)/self._warmth
+
+class Droops(SelfAttention):
+    "Takes options on to a part, and knows one size of map"
+    def __init__(self, n_channels, **options):
+        super().__init__(n_channels)
+        self.bend, self.cells = nn.LeakyReLU(**options), nn.Parameter(torch.ones(6, 10))
+    def forward(self, x): return super().forward(self.bend(x-.5)*self.cells)
+
+@pytest.mark.parametrize('layer,kept,lost', [(Warmer, {}, dict(warmth=3.)), (Droops, {}, dict(negative_slope=.5))], ids=['warmer', 'droops'])
+def test_options_that_a_layer_does_not_tell_are_not_lost(layer, kept, lost, tmp_path):
+    model, other = net(), net()
+    insert_attention(model, 'stem', layer=layer, size=(12, 20), **lost)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=f'{layer.__name__} at stem.3 computes something else .*attribute of the same name'): save_attention(model, tmp_path/'a.st')
+    assert not list(tmp_path.iterdir()) and torch.get_rng_state().equal(state) and inserted_layers(model)['stem.3'].gamma == 0
+    remove_attention(model)
+    insert_attention(model, 'stem', layer=layer, size=(12, 20), **kept)
+    with torch.no_grad(): inserted_layers(model)['stem.3'].gamma.fill_(.7)
+    load_attention(other, save_attention(model, tmp_path/'a.st'))
+    assert torch.equal(model.eval()(X), other.eval()(X))
+
 def test_into_a_model_that_has_the_layers_only_numbers_are_loaded(tmp_path):
     model = net()
     insert_attention(model, ['stem', 'out'], size=(12, 20))
