@@ -207,6 +207,15 @@ def _attention_among(which, message):
     parts = {k.rpartition('.gamma')[0] for k in keys if k.endswith('.gamma')}
     return sorted(p for p in parts if any(k.startswith((f'{p}.query.', f'{p}.conv.')) for k in keys))
 
+_one_for_each_number = 'grad_avg','sqr_avg','exp_avg','exp_avg_sq','momentum_buffer'     # of fastai's optimizers, and of PyTorch's
+
+def _has_its_own_state(opt):
+    "Whether what an optimizer knows of each parameter has its shape; files hold no names"
+    state = getattr(getattr(opt, 'opt', opt), 'state', {})
+    pairs = [(p, known.get(name)) for p,known in state.items() for name in _one_for_each_number]
+    return all(t.shape == p.shape for p,t in pairs if isinstance(t, Tensor))
+
+# %% ../nbs/api/learner.ipynb #07c865a6
 @delegates(_load)
 def load(self:Learner,
     file, # name of a file that `learn.save` wrote, without suffix
@@ -216,7 +225,9 @@ def load(self:Learner,
     "Load model and optimizer state (if `with_opt`) from `self.path/self.model_dir/file` using `device`"
     before = {k:v.clone() for k,v in self.model.state_dict().items() if isinstance(v, Tensor) and not is_lazy(v)}
     opt = self.opt     # fastai makes one where there is none, before it loads
-    try: return _load(self, file, device=device, **kwargs)
+    inner = getattr(opt, 'opt', opt)     # PyTorch's own, in an `OptimWrapper`
+    was = dict(vars(inner)) if inner else {}
+    try: done = _load(self, file, device=device, **kwargs)
     except Exception as e:
         self.opt = opt
         if not isinstance(e, RuntimeError): raise     # nothing was read
@@ -228,6 +239,12 @@ def load(self:Learner,
                               "or with `strict=False, with_opt=False`, which takes what fits and leaves the rest as it is.")
         else: raise
         raise RuntimeError(f"{advice}\n{e}") from e
+    if _has_its_own_state(self.opt): return done
+    self.opt = opt
+    if inner: vars(inner).update(was)
+    self.model.load_state_dict(before, strict=False)
+    raise ValueError(f"the optimizer whose state {file} holds had its parameters in another order, as where attention was inserted "
+                     "elsewhere, or later: load it with `with_opt=False`")
 
 load.fastais = _load     # so that importing this twice wraps it once
 Learner.load = load

@@ -90,6 +90,7 @@ def _unit(model, layers, channels, shapes, unit):
         unit *= 2
     raise ValueError("the maps that attention sees do not grow with the picture: windows cannot be exact")
 
+# %% ../nbs/api/windows.ipynb #b5db4711
 def look_at(
     model:nn.Module, # a copy in eval mode on a CPU
     channels:int, # of the picture

@@ -313,9 +313,8 @@ class AttentionStatus:
         return f'<p>{html.escape(self.title)}</p>' + table
 
 # %% ../../nbs/api/attention/kinds.ipynb #829a6fea
-def _origin(layer):
-    "How `layer` came into its model"
-    place = getattr(layer, 'attention_place', None)
+def _origin(place):
+    "How a layer came into its model"
     if place is None: return 'came with the model'
     return f'in place of {type(place.old[0]).__name__}' if place.how == 'replace' else 'appended'
 
@@ -324,21 +323,22 @@ def _map_kind(layer):
     if not has_map(layer): return 'none'
     return 'softmax of vectors' if has_vectors(layer) else 'row by row'
 
-def _state(layer, model):
-    "Whether `layer` is at work, as far as its hooks say"
-    hooked = getattr(getattr(layer, 'attention_place', None), 'hooked', '')
+def _state(hooked, layer, model):
+    "Whether `layer`, which hangs on a hook called `hooked` if any, is at work"
     hooks = ((m, h) for m in model.modules() for h in m._forward_hooks.values())
     if hooked and not any(getattr(h, 'name', None) == hooked and h.layer(m) is layer for m,h in hooks): return 'not in the path'
     return 'off' if is_off(layer) else 'on'
 
 def _status(path, name, layer, model):
-    gamma,params = gamma_of(layer),list(layer.parameters())
+    gamma,params,place = gamma_of(layer),list(layer.parameters()),getattr(layer, 'attention_place', None)
+    hooked = getattr(place, 'hooked', '')
+    if hooked.rpartition('.')[2] not in ('',path.rpartition('.')[2]): place,hooked = None,''     # a copy of one elsewhere
     trained = sum(p.numel() for p in params if p.requires_grad)
     total = sum(p.numel() for p in params)
     trainable = '-' if not total else 'yes' if trained == total else 'no' if not trained else 'partly'
     return {'path':path, 'site':name, 'class':type(layer).__name__,
             'gamma':math.nan if gamma is None else one_number(gamma).item(), 'parameters':total,
-            'map':_map_kind(layer), 'trainable':trainable, 'state':_state(layer, model), 'origin':_origin(layer)}
+            'map':_map_kind(layer), 'trainable':trainable, 'state':_state(hooked, layer, model), 'origin':_origin(place)}
 
 # %% ../../nbs/api/attention/kinds.ipynb #a362b708
 def attention_status(

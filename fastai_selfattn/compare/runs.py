@@ -28,6 +28,7 @@ from torch import Tensor
 from .arms import Arm
 from ..placement.insert import insert_attention
 from ..quiet import as_float, one_batch, random_kept, undisturbed
+from ..seeing.effect import aside
 from ..seeing.record import AttentionRecorder
 
 # %% ../../nbs/api/compare/runs.ipynb #ba398561
@@ -234,7 +235,7 @@ def _trained(learn, recipe, seed):
 def _score(learn):
     "Validation loss and metrics"
     names = [m.name for m in learn.metrics]
-    loss,*values = learn.validate()
+    with aside(learn): loss,*values = learn.validate()     # without what asks for the row of a training epoch
     return float(loss),dict(zip(names, map(as_float, values)))
 
 # %% ../../nbs/api/compare/runs.ipynb #dbc576b5

@@ -21,6 +21,7 @@ from torch import nn
 
 from ..attention.kinds import is_attention
 from ..attention.layers import SelfAttention
+from .checks import check_places
 from .optim import AttentionHooks, inserted_layers, watch
 from .price import check_layer, layer_name, make_layer, try_layer
 from .sites import Site, Sites, fastais_place, find_sites, unet_blocks
@@ -93,11 +94,14 @@ class Place(NamedTuple):
     how:str                            # 'append' or 'replace'
     old:tuple[nn.Module,...]=()        # the module that it replaced
     hooked:str=''                      # path of the layer below the module, if a hook sends the module's output through it
+    came_with:bool=False               # whether the model was made with it, so that optimizers have it where fastai's layer would be
 
     def hang(self, model, path, layer):
         "Send the output of the module through `layer`, at `path`, again, if its hook is gone"
-        if not self.hooked or _host(model, layer): return
-        _hook(model.get_submodule(path.removesuffix(f'.{self.hooked}')), self.hooked, self.site.axis)
+        host = path.removesuffix(f'.{self.hooked}')
+        is_there = f'.{host}'.endswith(f'.{self.site.path}')     # and not in another net, say, whose `forward` calls it
+        if not self.hooked or not is_there or _host(model, layer): return
+        _hook(model.get_submodule(host), self.hooked, self.site.axis)
         _compile_anew()
 
 class Turned(nn.Module):
@@ -107,22 +111,12 @@ class Turned(nn.Module):
         self.attention,self.axis = layer,axis
     def forward(self, x): return _through(self.attention, x, self.axis)
 
-_watching = '_forward_hooks','_forward_hooks_with_kwargs','_forward_hooks_always_called'
-
-def _cannot_replace(site):
-    "Why attention cannot take the place of the module at `site`; empty if it can"
-    if not site.into: return 'takes something else than one map'
-    if site.turns: return 'moves the channels to another side'
-    if site.into[0] != site.channels: return f'makes {site.channels} channels out of {site.into[0]}, and attention keeps their number'
-    size,into = ('x'.join(map(str, s)) for s in (site.map,site.into[1:]))
-    if size != into: return f"makes a map of {size} out of {into} (a stride or a pooling), and attention keeps the size"
-    return ''
-
 def _replace(parent, name, layer, undo):
     "Put `layer` in the place of the child `name` of `parent`; the old child"
     old = parent._modules[name]
     _remember(undo, parent._modules)
-    for hooks in _watching: setattr(layer, hooks, getattr(old, hooks))     # the very dicts, so that handles can still remove hooks
+    for hooks in ('_forward_hooks','_forward_hooks_with_kwargs','_forward_hooks_always_called'):
+        setattr(layer, hooks, getattr(old, hooks))     # the very dicts, so that handles can still remove hooks
     parent._modules[name] = layer
     return old
 
@@ -147,36 +141,6 @@ def _parent(model, path):
     "The module that has the one at `path` for a child, and the child's name"
     parent,_,name = path.rpartition('.')
     return model.get_submodule(parent),name
-
-# %% ../../nbs/api/placement/insert.ipynb #7f42a860
-def _check_places(model, sites, how):
-    "Raise unless attention can go to all of `sites`"
-    if how not in ('append','replace'): raise ValueError(f"`how` must be 'append' or 'replace', got {how!r}")
-    numbers = {}
-    for s in sites:
-        if s.has:
-            raise ValueError(f"{s.name} ({s.path}) has {s.has} already: "
-                             "take it out first, with `remove_attention`, or choose another place")
-        other = numbers.setdefault(s.number, s)
-        if other is not s: raise ValueError(f"{other.path} and {s.path} give the very same map, so they are one place: choose one of them")
-        if how == 'replace': _check_replace(model, s, sites)
-        elif isinstance(model.get_submodule(s.path), torch.jit.ScriptModule):
-            raise ValueError(f"nothing can be put behind {s.name} ({s.path}), a TorchScript module: "
-                             "insert attention before scripting or tracing it, or use how='replace'")
-
-def _check_replace(model, s, sites):
-    "Raise unless attention can take the place of the module at `s`, one of `sites`"
-    why = _cannot_replace(s)
-    if why: raise ValueError(f"attention cannot replace {s.name} ({s.path}), which {why}: use how='append', or choose another module")
-    paths = [p for p,m in model.named_modules(remove_duplicate=False) if m is model.get_submodule(s.path)]
-    if len(paths) > 1:
-        raise ValueError(f"attention cannot replace {s.name}, which is one module under the paths {', '.join(paths)}: use how='append'")
-    inside = next((o for o in sites if o.path.startswith(f'{s.path}.')), None)
-    if inside: raise ValueError(f"attention cannot replace both {s.path} and {inside.path} inside it: choose one of them")
-    hidden = [p for p in inserted_layers(model) if p.startswith(f'{s.path}.')]     # it would be out of sight, and come back with the module
-    if hidden:
-        raise ValueError(f"attention cannot replace {s.name}, with inserted attention inside it ({', '.join(hidden)}): "
-                         "take that out first, with `remove_attention`")
 
 # %% ../../nbs/api/placement/insert.ipynb #0e1a3202
 def _run(model, size, done):
@@ -249,7 +213,7 @@ def insert_attention(
     check_layer(layer)
     found = sites.match(where, max_side, side)
     chosen,left_out = [s for s in found if not s.reason],[s for s in found if s.reason]
-    _check_places(model, chosen, how)
+    check_places(model, chosen, how)
     channels_last = _is_channels_last(model)
     with ExitStack() as undo:
         undo.callback(random_now())
@@ -272,6 +236,15 @@ def _stand(model, path):
     parent,name = _parent(model, path)
     return _parent(model, path.rpartition('.')[0]) if isinstance(parent, Turned) else (parent,name)
 
+def _delete(parent, name):
+    "Take away a child; those behind it in a numbered `Sequential` move up, or the next `append` would overwrite the last"
+    names = list(parent._modules)
+    del parent._modules[name]
+    if not isinstance(parent, nn.Sequential) or names != [*map(str, range(len(names)))]: return
+    rest = list(parent._modules.values())
+    parent._modules.clear()
+    parent._modules.update(zip(names, rest))
+
 def _take_out(model, path):
     "Take the layer at `path` out of `model`, and put back what it replaced"
     layer = model.get_submodule(path)
@@ -285,7 +258,7 @@ def _take_out(model, path):
     else:
         hooked = _host(model, layer)
         if hooked: del hooked[0]._forward_hooks[hooked[1]]
-        del parent._modules[name]
+        _delete(parent, name)
     return layer
 
 # %% ../../nbs/api/placement/insert.ipynb #54634f37
@@ -339,8 +312,7 @@ def remove_attention(
         _compile_anew()
         if learn: watch(learn, undo)
         _report('Removed attention from', {path:there[path] for path in paths})
-        is_last = not inserted_layers(model)
         undo.pop_all()
     for layer in layers: vars(layer).pop('attention_place', None)
-    if learn and is_last: learn.remove_cb(AttentionHooks)
+    if learn and not inserted_layers(model): learn.remove_cb(AttentionHooks)
     return paths

@@ -65,6 +65,7 @@ def _at(path, place):
     if place.how == 'replace' and place.site.axis == 1: return path
     return path.removesuffix(place.hooked or path.rpartition('.')[2]).removesuffix('.')
 
+# %% ../../nbs/api/placement/keep.ipynb #443aec69
 def _computes_the_same(layer, twin, site):
     "Whether a layer made again is as `layer` beyond its shapes, tried with a gamma of 1; True where shapes differ or it cannot be tried"
     if _shapes(twin.state_dict()) != _shapes(layer.state_dict()): return True

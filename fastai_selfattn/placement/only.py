@@ -15,6 +15,7 @@ from itertools import chain
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.learner import Learner
 from fastai.optimizer import Lookahead
+from fastcore.basics import patch
 
 from ..attention.kinds import attention_layers, choose_layers, layer_names
 from .optim import inserted_layers, regroup
@@ -24,6 +25,7 @@ from ..quiet import check_type
 class OnlyAttention(Callback):
     "Train the attention layers at `attention_paths`, or all where it is None, and nothing else"
     run_after = TrainEvalCallback
+    _rest,_others = (),()     # modules with statistics, and parameters, that are not trained
     def __init__(self, attention_paths, flags_before): self.attention_paths,self.flags_before = attention_paths,flags_before
 
     def _in_and_out(self):
@@ -49,13 +51,27 @@ class OnlyAttention(Callback):
             at = f" at {', '.join(self.attention_paths)}" if self.attention_paths else ''
             raise ValueError(f"only the attention{at} was to be trained, and it is gone: "
                              "let all else train again, with `learn.train_all()`")
-        for m in others:
-            if next(m.buffers(recurse=False), None) is not None: m.training = False
+        trained = {p for m in chosen for p in m.parameters()}
+        self._others = [p for p in self.learn.model.parameters() if p not in trained]
+        self._rest = [m for m in others if next(m.buffers(recurse=False), None) is not None]
+        self.before_batch()
 
     def flags(self):
         "Each parameter, and whether it was to be trained before"
         return {p:True for p in self.learn.model.parameters()} | self.flags_before     # no names: one may be of several in turn
 
+# %% ../../nbs/api/placement/only.ipynb #0f77a34f
+@patch
+def before_batch(self:OnlyAttention):
+    if not self.training: return
+    for m in self._rest: m.training = False
+    for p in self._others: p.requires_grad_(False)
+
+@patch
+def before_step(self:OnlyAttention):
+    for p in self._others: p.grad = None
+
+# %% ../../nbs/api/placement/only.ipynb #80c3c69e
 def _parameters(model):
     "All of `model`, with those of the modules that attention has replaced, which may come back"
     replaced = [old for layer in inserted_layers(model).values() for old in layer.attention_place.old]

@@ -25,7 +25,15 @@ def inserted_layers(
 )->dict[str,nn.Module]: # path -> layer
     "The layers that `insert_attention` put into `model`"
     model,_ = model_and_learner(model)
-    return {p:m for p,m in model.named_modules() if hasattr(m, 'attention_place')}
+    return {p:m for p,m in model.named_modules() if hasattr(m, 'attention_place') and not _is_elsewhere(p, m.attention_place)}
+
+def _is_elsewhere(path, place):
+    "Whether a layer that was put behind a module by a hook has a name of another kind, as a copy in another net has: it came with that"
+    return getattr(place, 'hooked', '').rpartition('.')[2] not in ('',path.rpartition('.')[2])
+
+def _added(model):
+    "Those of them that came into a model which had been made"
+    return [m for m in inserted_layers(model).values() if not getattr(m.attention_place, 'came_with', False)]
 
 # %% ../../nbs/api/placement/optim.ipynb #88aff1e7
 class AttentionSplitter:
@@ -33,7 +41,7 @@ class AttentionSplitter:
     def __init__(self, splitter): self.splitter = splitter
 
     def __call__(self, model):
-        own = [p for m in inserted_layers(model).values() for p in m.parameters()]
+        own = [p for m in _added(model) for p in m.parameters()]
         ids,groups = {id(p) for p in own},list(self.splitter(model))
         def without(group): return [p for p in group if id(p) not in ids]
         if not groups or isinstance(groups[0], Tensor): return without(groups) + own     # one group, as a plain list
@@ -127,7 +135,7 @@ def watch(
     undo:ExitStack, # gets what takes each step back
 ):
     "Give `learn` the splitter and callback that inserted layers need, or its own splitter where there are none, and set up its optimizer"
-    needed,is_there = bool(inserted_layers(learn.model)),isinstance(learn.splitter, AttentionSplitter)
+    needed,is_there = bool(_added(learn.model)),isinstance(learn.splitter, AttentionSplitter)
     if needed != is_there:
         undo.callback(setattr, learn, 'splitter', learn.splitter)
         learn.splitter = AttentionSplitter(learn.splitter) if needed else learn.splitter.splitter

@@ -36,7 +36,7 @@ def _swap(model):
         conv = model.get_submodule(path)
         conv[-1] = ours = take_over(conv[-1], settled=False)
         # so that it can be removed
-        ours.attention_place = Place(Site(name, path, ours.n_channels, is_fastais=name == fastais_place(model)), 'append')
+        ours.attention_place = Place(Site(name, path, ours.n_channels, is_fastais=name == fastais_place(model)), 'append', came_with=True)
     return len(found)
 
 # %% ../../nbs/api/placement/unet.ipynb #61f2031a

@@ -4,6 +4,7 @@ from functools import partial
 import numpy as np
 import pytest, torch
 from fastai.callback.core import Callback
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
@@ -201,3 +202,14 @@ def test_held_goes_after_an_error():
     assert 'forward' not in vars(model)
     t = torch.randn(3, requires_grad=True)
     t.exp().sum().backward()     # no hook of ours is left in PyTorch
+
+@pytest.mark.parametrize('cbs', [lambda: SaveModelCallback(monitor='mae'), lambda: EarlyStoppingCallback(monitor='mae'), lambda: ReduceLROnPlateau(monitor='mae')], ids=['save', 'stop', 'reduce'])
+def test_callbacks_that_watch_a_metric_do_not_end_a_comparison(cbs, tmp_path):
+    def tracked(dls):
+        learn = make(dls)
+        learn.path = tmp_path
+        learn.add_cb(cbs())
+        return learn
+    plain, watched = (run(Recipe(f, train), some_dls(), 1, arms['attention'], '4') for f in (make, tracked))
+    assert not watched['failed'] and np.isfinite(watched['loss']) and np.isfinite(watched['metrics']['mae'])
+    if cbs().__class__ is EarlyStoppingCallback: assert watched['loss'] == plain['loss'] and watched['metrics'] == plain['metrics']

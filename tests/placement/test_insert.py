@@ -30,6 +30,7 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
 from fastai_selfattn.placement import insert as insert_module
 from fastai_selfattn import learner  # noqa: F401  patches `Learner`
 from fastai_selfattn.placement import optim as optim_module
+from fastai_selfattn.attention.kinds import attention_status
 from fastai_selfattn.placement.insert import insert_attention, remove_attention
 from fastai_selfattn.placement.optim import inserted_layers
 from fastai_selfattn.placement.skips import LetGo
@@ -665,6 +666,51 @@ def test_a_module_that_is_not_called_as_a_whole():
     model = Net()
     with pytest.raises(ValueError, match='conv is called 1 times in a forward pass, but attention there 0 times'): insert_attention(model, 'conv', size=SIZE)
     assert not inserted_layers(model) and not model.conv._forward_hooks
+
+
+def test_the_numbers_of_a_sequential_close_up():
+    "Or the next `append` would take the name of the last, which would be lost"
+    inside = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    model = nn.Sequential(inside)
+    insert_attention(model, '0', size=SIZE)
+    conv, last = nn.Conv2d(8, 8, 1), nn.Tanh()
+    inside.append(conv)
+    assert remove_attention(model) == ['0.2'] and list(inside._modules) == ['0', '1', '2'] and inside[2] is conv
+    inside.append(last)
+    assert list(inside) == [inside[0], inside[1], conv, last]
+    x = torch.randn(1, 3, *SIZE)
+    torch.testing.assert_close(model(x), last(conv(inside[1](inside[0](x)))))
+    named = nn.Sequential(nn.Sequential(OrderedDict(a=nn.Conv2d(3, 8, 3), b=nn.ReLU())))
+    insert_attention(named, '0', size=SIZE)
+    named[0].add_module('c', nn.Tanh())
+    remove_attention(named)
+    assert list(named[0]._modules) == ['a', 'b', 'c']
+
+
+def test_a_copied_layer_belongs_to_the_net_that_it_was_put_into():
+    "Though it remembers that it hung on a hook elsewhere"
+    class Calls(nn.Module):
+        def __init__(self, attention): super().__init__(); self.conv, self.attention, self.last = nn.Conv2d(3, 8, 3), attention, nn.Conv2d(8, 8, 1)
+        def forward(self, x): return self.last(self.attention(self.conv(x)))
+    class Own(nn.Module):
+        def __init__(self): super().__init__(); self.conv, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        def forward(self, x): return self.last(self.conv(x))
+    first = Own()
+    path, = insert_attention(first, 'conv', size=SIZE, gamma=.5)
+    assert path == 'conv.attention'
+    layer = first.get_submodule(path)
+    x = torch.randn(2, 3, *SIZE)
+    for model, at in ((nn.Sequential(nn.Conv2d(3, 8, 3), copy.deepcopy(layer), nn.Conv2d(8, 8, 1)), '1'), (Calls(copy.deepcopy(layer)), 'attention')):
+        want = model.eval()(x)
+        row, = attention_status(model).rows
+        if at == '1':
+            assert not inserted_layers(model) and (row['path'], row['state'], row['origin']) == ('1', 'on', 'came with the model')
+            with pytest.raises(ValueError, match='no inserted attention'): remove_attention(model)
+        for path, layer in inserted_layers(model).items(): layer.attention_place.hang(model, path, layer)
+        assert torch.equal(model(x), want)
+        places = insert_attention(model, '2' if at == '1' else 'last', size=SIZE)
+        for path, layer in inserted_layers(model).items(): layer.attention_place.hang(model, path, layer)
+        assert torch.equal(model(x), want) and remove_attention(model, places) == places
 
 
 def test_a_model_that_no_longer_runs_is_given_back():

@@ -2,11 +2,14 @@
 import copy, pickle, warnings
 import pytest, timm, torch
 from conftest import named
+from fastai.callback.core import Callback
+from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.layers import NormType
 from fastai.learner import Learner
 from fastai.optimizer import ranger
+from fastai.vision.gan import GANLearner, basic_critic, basic_generator
 from fastai.vision.models.unet import DynamicUnet
 from safetensors import safe_open
 from torch import nn
@@ -278,6 +281,41 @@ def test_learn_load_says_what_to_do(tmp_path, way):
     assert torch.equal(again.model.mid.weight, learner(tmp_path).model.mid.weight)
     with pytest.raises(RuntimeError, match='^Error') as e: learner(tmp_path).save('plain'), learner(tmp_path, net(c=20)).load('plain')
     assert 'attention' not in str(e.value)
+
+class Thaws(Callback):
+    "As fastai's trainer of GANs does at every switch, and callbacks that unfreeze after some epochs"
+    def __init__(self, event): setattr(self, event, self.thaw)
+    def thaw(self):
+        self.learn.unfreeze()
+        self.learn.model.requires_grad_(True).train(self.training)
+
+@pytest.mark.parametrize('event', ['before_epoch', 'before_batch', 'after_pred', 'after_batch', 'before_validate'])
+@pytest.mark.parametrize('clip', [False, True])
+def test_who_thaws_in_the_middle_trains_no_more(event, clip, tmp_path):
+    learn = learner(tmp_path)
+    learn.insert_attention(['stem', 'out'], gamma=.5)
+    fit(learn)
+    learn.train_attention_only()
+    inserted = list(inserted_layers(learn.model))
+    before = {k: t.clone() for k, t in learn.model.state_dict().items()}
+    learn.add_cbs([Thaws(event), *[GradientClip(.1)]*clip])
+    fit(learn)
+    moved = {k for k, t in learn.model.state_dict().items() if not torch.equal(t, before[k])}
+    if event in ('before_batch', 'after_pred'): moved -= {k for k in moved if 'running' in k or 'tracked' in k}     # modes are changed after ours
+    assert moved and all(k.startswith(tuple(f'{p}.' for p in inserted)) for k in moved)
+
+def test_only_the_attention_of_a_gan_trains():
+    class Noise:
+        def __len__(self): return 8
+        def __getitem__(self, i): return torch.randn(10), torch.randn(3, 32, 32)
+    gan = GANLearner.wgan(DataLoaders.from_dsets(Noise(), Noise(), bs=2, device='cpu', num_workers=0), basic_generator(32, 3, in_sz=10, n_features=16), basic_critic(32, 3, n_features=16), clip=None)
+    gan.insert_attention('critic.1', gamma=.5)
+    gan.train_attention_only()
+    path, = inserted_layers(gan.model)
+    before = {k: t.clone() for k, t in gan.model.state_dict().items()}
+    with gan.no_bar(), gan.no_logging(): gan.fit(1, 1e-3)
+    moved = {k for k, t in gan.model.named_parameters() if not torch.equal(t, before[k])}
+    assert moved and all(k.startswith(f'{path}.') for k in moved)
 
 def test_only_attention_trains(tmp_path, capsys):
     learn = learner(tmp_path)

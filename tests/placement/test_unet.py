@@ -13,6 +13,8 @@ import timm
 import torch
 import torchvision
 from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.data.transforms import FuncSplitter, Normalize, get_image_files
 from fastai.layers import ConvLayer
 from fastai.learner import load_learner
@@ -350,6 +352,48 @@ def test_true_stays_fastais_learner(dls, known):
     names = [{id(p): k for k, p in l.model.named_parameters()} for l in (ours, theirs)]
     a, b = ([[n[id(p)] for p in g] for g in l.opt.param_lists] for n, l in zip(names, (ours, theirs)))
     assert a == b and 'do_wd' not in ours.opt.state[ours.model.layers[5].conv2[2].gamma]
+
+
+def test_a_checkpoint_fits_after_attention_came_and_went(dls, tmp_path):
+    "The layer at fastai's place stays where a new optimizer has it; more attention comes behind"
+    learn = fit(learner(dls, path=tmp_path), 1)
+    names = {id(p): n for n, p in learn.model.named_parameters()}
+    def order(l, names=names): return [[names.get(id(p), '') for p in g] for g in l.opt.param_lists]
+    before = order(learn)
+    learn.save('alone')
+    learn.insert_attention('encoder.1')
+    new = next(iter(m for p, m in inserted_layers(learn.model).items() if p != 'layers.5.conv2.2'))
+    assert [[n for n in g if n] for g in order(learn)] == before and [id(p) for p in learn.opt.param_lists[-1][-len(list(new.parameters())):]] == [id(p) for p in new.parameters()]
+    fit(learn, 1).save('both')
+    other = learner(dls, path=tmp_path)
+    other.insert_attention('encoder.1')
+    fit(other.load('both'), 1)
+    learn.remove_attention('encoder.1')
+    assert order(learn) == before
+    fit(learn.load('alone'), 1)
+    fit(learner(dls, path=tmp_path).load('alone'), 1)
+
+
+def test_a_state_in_another_order_is_refused(dls, tmp_path):
+    fit(learner(dls, path=tmp_path), 1).save('true')
+    set_seed(3)
+    learn = unet_learner(dls, encoder, self_attention='decoder.1', pretrained=False, path=tmp_path)
+    for trained in (False, True):
+        if trained: fit(learn, 1)
+        state, opt = {k: v.clone() for k, v in learn.model.state_dict().items()}, learn.opt
+        known = opt and [dict(opt.state[p]) for g in opt.param_lists for p in g]
+        with pytest.raises(ValueError, match='parameters in another order.*`with_opt=False`'): learn.load('true')
+        assert learn.opt is opt and same(state, learn.model.state_dict())
+        if trained: assert all(a.keys() == b.keys() and all(a[k] is b[k] for k in a) for a, b in zip(known, [opt.state[p] for g in opt.param_lists for p in g]))
+    fit(learn.load('true', with_opt=False), 1)
+
+
+def test_loaders_without_pipelines():
+    "fastai's plain ones, which its own function takes"
+    x, y = torch.rand(4, 3, *SIZE), torch.zeros(4, *SIZE).long()
+    data = DataLoaders(*(DataLoader([*zip(x, y)], bs=2, num_workers=0) for _ in range(2)))
+    learn = unet_learner(data, encoder, self_attention=True, pretrained=False, n_out=2, normalize=False, loss_func=nn.CrossEntropyLoss())
+    assert list(inserted_layers(fit(learn, 1).model)) == ['layers.5.conv2.2']
 
 
 def test_a_place_in_the_frozen_encoder_trains(dls, known):
