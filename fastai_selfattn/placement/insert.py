@@ -281,9 +281,17 @@ def _unrecorded(model):
     return found
 
 # %% ../../nbs/api/placement/insert.ipynb #ea2f17f9
+def _at(path, place):
+    "Path of the module where the layer at `path` was put; more may have been built around it since"
+    if place.how == 'replace' and place.site.axis == 1: return path
+    return path.removesuffix(place.hooked or path.rpartition('.')[2]).removesuffix('.')
+
 def _meant(model, there, where, max_side, side):
     "The paths in `there` that are meant"
-    sites = Sites(there.values(), f'Attention in {type(model).__name__}', {p:s for path,s in there.items() for p in (s.path,path)})
+    places = {path:getattr(model.get_submodule(path), 'attention_place', None) for path in there}
+    now = {_at(path, place):there[path] for path,place in places.items() if place}     # by the path of the module today
+    known = now | {p:s for path,s in there.items() for p in (s.path,path)}
+    sites = Sites(there.values(), f'Attention in {type(model).__name__}', known)
     found = {id(s) for s in sites.match(where, max_side, side)}
     return [path for path,s in there.items() if id(s) in found]
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..attention import kinds
 from ..files import file_path, whole_file
-from .insert import _compile_anew, _put, _remember, _report
+from .insert import _at, _compile_anew, _put, _remember, _report
 from .optim import inserted_layers, watch
 from .price import check_layer, layer_name, make_layer
 from .sites import Site
@@ -59,11 +59,6 @@ def _again(about):
     with torch.random.fork_rng(devices=[]): return _known()[about['class']](about['site']['channels'], **options)
 
 def _shapes(tensors): return {name:tuple(t.shape) for name,t in tensors.items()}
-
-def _at(path, place):
-    "Path of the module where the layer at `path` was put; more may have been built around it since"
-    if place.how == 'replace' and place.site.axis == 1: return path
-    return path.removesuffix(place.hooked or path.rpartition('.')[2]).removesuffix('.')
 
 # %% ../../nbs/api/placement/keep.ipynb #443aec69
 def _computes_the_same(layer, twin, site):

@@ -105,7 +105,9 @@ def test_a_model_built_around_a_body_with_attention(tmp_path, how, where):
     for other in (wrapped(False), wrapped(True)):
         assert load_attention(other, fname) == paths
         assert torch.equal(other(x), model(x)) and remove_attention(other, paths) == paths
-    assert remove_attention(model, paths[0]) == paths[:1]
+    host = paths[0] if how == 'replace' else paths[0].rpartition('.')[0]
+    for name in (host, paths[0], [where[0] if how == 'append' else where]):     # by its module today, itself, or the name that it was given
+        assert remove_attention(wrapped(True), name) == paths[:1]
 
 class Derived(SelfAttention): pass
 
