@@ -64,6 +64,15 @@ def _copy_of(net):
 
 _outputs = 'probs','classes','raw'
 
+def _warn_of_callbacks(learn):
+    "Say which callbacks stay behind that may change what goes into the model, or what comes out"
+    def may_change(cb): return cb.run_valid and any(hasattr(type(cb), event) for event in ('before_batch','after_pred'))
+    def is_known(cb): return type(cb).__module__.startswith(('fastai.','fastai_selfattn.'))
+    names = [type(cb).__name__ for cb in learn.cbs if may_change(cb) and not is_known(cb)]
+    if not names: return
+    warnings.warn(f"what {', '.join(names)} may do to batches or predictions stays behind: the model goes out, with `Normalize` "
+                  "and the loss's `activation`", stacklevel=3)
+
 def _of_loss(loss_func, name):
     "What a loss makes of outputs; None if it is none of fastai's, or leaves them as they are"
     f = getattr(loss_func, name, None)
@@ -122,6 +131,7 @@ class Deployed(nn.Module):
         if output not in _outputs: raise ValueError(f"`output` must be one of {', '.join(map(repr, _outputs))}, got {output!r}")
         n_inp = getattr(learn.dls, 'n_inp', 1)
         if n_inp != 1: raise ValueError(f"only models of one input can be exported here, this Learner's takes {n_inp}")
+        _warn_of_callbacks(learn)
         loss = learn.loss_func
         if _of_loss(loss, 'activation') or _of_loss(loss, 'decodes'): loss = _copy_of(loss)     # they may have numbers that were learned
         activation,decodes = _of_loss(loss, 'activation'),_of_loss(loss, 'decodes')

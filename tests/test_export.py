@@ -1,9 +1,12 @@
 "A trained Learner written in three formats predicts the same in a process that has neither fastai nor this package."
-import gc, logging, json, os, threading
+import gc, logging, json, os, threading, warnings
 import fastai.callback.all  # noqa: F401
 import numpy as np
 import pytest, torch
 from conftest import Largest, named
+from fastai.callback.core import Callback
+from fastai.callback.mixup import MixUp
+from fastai.callback.progress import ShowGraphCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
@@ -389,6 +392,25 @@ def test_the_activation_may_choose_among_outputs(tmp_path):
     learn, _ = classifier(OfTwo(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Two(), normalize=False)
     for write in (to_program, to_onnx, to_torchscript): write(learn, tmp_path/'model')
     assert to_program(learn, output='classes').module()(torch.rand(2, 3, 20, 24)).shape == (2,)
+
+class Scales(Callback):
+    def before_batch(self): self.learn.xb = (self.xb[0]*2,)
+
+class Trains(Callback):
+    run_valid = False
+    def before_batch(self): pass
+
+class Counts(Callback):
+    def after_batch(self): pass
+
+@pytest.mark.parametrize('cbs,said', [([Scales()], 'what Scales may do'), ([Trains(), Counts(), MixUp(), ShowGraphCallback()], None)], ids=named)
+def test_callbacks_that_change_batches_stay_behind_and_it_is_said(cbs, said):
+    learn, _ = classifier(CrossEntropyLossFlat())
+    learn.add_cbs(cbs)
+    with warnings.catch_warnings(record=True) as got:
+        warnings.simplefilter('always')
+        Deployed(learn)
+    assert [said in str(w.message) for w in got] == ([True] if said else [])
 
 class Calibrated(CrossEntropyLossFlat):
     "With a temperature that is learned"
