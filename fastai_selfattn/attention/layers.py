@@ -273,7 +273,7 @@ def fuse_attention(
     if not convs:
         why = "they are fused already" if layers else "it has none of this package's layers"
         raise ValueError(f"no attention layer with a norm in this {type(model).__name__}: {why}")
-    with ExitStack() as undo:
+    with torch.inference_mode(False), ExitStack() as undo:     # what is made must be able to train, and to be copied
         for conv in convs:
             undo.callback(undo_of(conv))
             bake(conv)

@@ -215,7 +215,7 @@ def insert_attention(
     chosen,left_out = [s for s in found if not s.reason],[s for s in found if s.reason]
     check_places(model, chosen, how)
     channels_last = _is_channels_last(model)
-    with ExitStack() as undo:
+    with torch.inference_mode(False), ExitStack() as undo:     # what is made must be able to train
         undo.callback(random_now())
         made = [_make(layer, s, model.get_submodule(s.path), channels_last, layer_args) for s in chosen]
         is_changed = how == 'append' and any(is_identity is False for _,is_identity in made)

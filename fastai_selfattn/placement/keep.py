@@ -216,7 +216,7 @@ def load_attention(
             for p,m in there.items(): m.load_state_dict(given[p])
             undo.pop_all()
         return list(given)
-    made = [_filled(model, l, given[l['path']], layer) for l in about['layers']]
+    with torch.inference_mode(False): made = [_filled(model, l, given[l['path']], layer) for l in about['layers']]
     with ExitStack() as undo:
         done = {}
         for l,new in zip(about['layers'], made):

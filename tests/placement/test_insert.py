@@ -1,5 +1,6 @@
 "Attention into a model and out again: not a bit of a prediction changes, a Learner goes on as its user expects, and what fails leaves no trace"
 import copy
+import warnings
 import pickle
 import random
 from collections import OrderedDict
@@ -32,13 +33,14 @@ from fastai_selfattn import learner  # noqa: F401  patches `Learner`
 from fastai_selfattn.placement import optim as optim_module
 from fastai_selfattn.attention.kinds import attention_status
 from fastai_selfattn.placement.insert import insert_attention, remove_attention
+from fastai_selfattn.placement.keep import load_attention, save_attention
 from fastai_selfattn.placement.optim import inserted_layers
 from fastai_selfattn.placement.skips import LetGo
 from timm.layers import EcaModule
 from timm.layers.bottleneck_attn import BottleneckAttn
 from timm.layers.cbam import CbamModule
 from timm.layers.non_local_attn import NonLocalAttn
-from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention
+from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention, fuse_attention
 from fastai_selfattn.placement.sites import attention_sites
 from fastai_selfattn.walls.train import small_encoder
 
@@ -666,6 +668,20 @@ def test_a_module_that_is_not_called_as_a_whole():
     model = Net()
     with pytest.raises(ValueError, match='conv is called 1 times in a forward pass, but attention there 0 times'): insert_attention(model, 'conv', size=SIZE)
     assert not inserted_layers(model) and not model.conv._forward_hooks
+
+
+def test_what_is_made_in_inference_mode_trains(tmp_path):
+    model, other, fused = (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)) for _ in range(3))
+    with torch.inference_mode():
+        insert_attention(model, '0', size=SIZE, gamma=.5)
+        insert_attention(fused, '0', size=SIZE, gamma=.5)
+        fuse_attention(fused)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')     # other weights
+            load_attention(other, save_attention(model, tmp_path/'a'))
+    for m in (model, other, fused):
+        m.train()(torch.randn(2, 3, *SIZE)).square().mean().backward()
+        assert all(not p.is_inference() and p.grad is not None for p in m.parameters())
 
 
 def test_the_numbers_of_a_sequential_close_up():
