@@ -242,6 +242,8 @@ def _delete(parent, name):
     del parent._modules[name]
     if not isinstance(parent, nn.Sequential) or names != [*map(str, range(len(names)))]: return
     rest = list(parent._modules.values())
+    behind = [m for child in rest[int(name):] for m in child.modules()]
+    if any(getattr(getattr(m, 'attention_place', None), 'hooked', '') for m in behind): return     # a hook may know it by its path
     parent._modules.clear()
     parent._modules.update(zip(names, rest))
 

@@ -696,6 +696,17 @@ def test_the_numbers_of_a_sequential_close_up():
     assert list(inside) == [inside[0], inside[1], conv, last]
     x = torch.randn(1, 3, *SIZE)
     torch.testing.assert_close(model(x), last(conv(inside[1](inside[0](x)))))
+    class Last(nn.Sequential):
+        def forward(self, x): return super().forward(x)
+    around = nn.Sequential(Last(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())), nn.Conv2d(8, 4, 1))
+    insert_attention(around, '0.0', size=SIZE)
+    around[0][0].append(nn.Conv2d(8, 8, 1))
+    path, = insert_attention(around, '0', size=SIZE, gamma=.5)
+    assert path == '0.0.3.attention'     # on a hook that knows this path
+    y = around(x)
+    remove_attention(around, '0.0')
+    torch.testing.assert_close(around(x), y)
+    assert remove_attention(around) == [path]
     named = nn.Sequential(nn.Sequential(OrderedDict(a=nn.Conv2d(3, 8, 3), b=nn.ReLU())))
     insert_attention(named, '0', size=SIZE)
     named[0].add_module('c', nn.Tanh())
