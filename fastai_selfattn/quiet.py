@@ -11,7 +11,7 @@ __all__ = []
 import math
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -120,7 +120,7 @@ def _contents(value, found):
     "Note in `found`, by id, what tensors, lists, queues, dicts and sets of any nesting hold"
     if id(value) in found: return
     if isinstance(value, Tensor) and not value.requires_grad: found[id(value)] = value,value.clone()
-    elif isinstance(value, (list,deque,dict,set)):
+    elif type(value) in (list,deque,dict,OrderedDict,defaultdict,set):     # others may not let themselves be filled
         found[id(value)] = value,copy(value)
         for o in value.values() if isinstance(value, dict) else value: _contents(o, found)
 
