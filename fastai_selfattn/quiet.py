@@ -119,7 +119,9 @@ def _kept(module):
 def _contents(value, found):
     "Note in `found`, by id, what tensors, lists, queues, dicts and sets of any nesting hold"
     if id(value) in found: return
-    if isinstance(value, Tensor) and not value.requires_grad: found[id(value)] = value,value.clone()
+    if isinstance(value, Tensor):
+        is_dense = value.layout == torch.strided and not value.is_nested     # others cannot be compared
+        if is_dense and not value.requires_grad: found[id(value)] = value,value.clone()
     elif type(value) in (list,deque,dict,OrderedDict,defaultdict,set):     # others may not let themselves be filled
         found[id(value)] = value,copy(value)
         for o in value.values() if isinstance(value, dict) else value: _contents(o, found)
