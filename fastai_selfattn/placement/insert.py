@@ -322,7 +322,8 @@ def remove_attention(
         _compile_anew()
         if learn: watch(learn, undo)
         _report('Removed attention from', {path:there[path] for path in paths})
+        is_last = not inserted_layers(model)
         undo.pop_all()
     for layer in layers: vars(layer).pop('attention_place', None)
-    if learn and not inserted_layers(model): learn.remove_cb(AttentionHooks)
+    if learn and is_last: learn.remove_cb(AttentionHooks)
     return paths
