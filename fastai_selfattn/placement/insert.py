@@ -324,6 +324,7 @@ def remove_attention(
         _report('Removed attention from', {path:there[path] for path in paths})
         is_last = not inserted_layers(model)
         undo.pop_all()
-    for layer in layers: vars(layer).pop('attention_place', None)
+    for layer in layers:
+        for old in getattr(vars(layer).pop('attention_place', None), 'old', ()): old.zero_grad()     # of a step before it was replaced
     if learn and is_last: learn.remove_cb(AttentionHooks)
     return paths

@@ -336,3 +336,19 @@ def test_gamma_trains_alike_with_fastais_flag():
     learn.insert_attention('1')
     fit(learn)
     assert learn.opt.state[own(learn)[0]].get('do_wd', True) and learn.opt.state[learn.model[1][1].weight]['do_wd'] is False
+
+
+def test_a_module_that_comes_back_brings_no_old_gradient():
+    "fastai steps wherever there is a gradient, be it of zeros, also in a frozen group; and the next backward pass would add to it"
+    learn = make(splitter=split)
+    fit(learn)
+    conv = learn.model[2]
+    assert conv.weight.grad is not None
+    learn.insert_attention('2', 'replace', size=(12, 14))
+    for p in learn.model.parameters(): p.grad = None
+    learn.freeze()
+    learn.remove_attention('2')
+    assert learn.model[2] is conv and conv.weight.grad is None and not conv.weight.requires_grad
+    before = conv.weight.clone()
+    fit(learn)
+    assert torch.equal(conv.weight, before)
