@@ -86,6 +86,7 @@ def show_attention(self:Learner,
         at = _default_points(*p.images.shape[-2:]) if points is None else points
         look = AttentionRecorder(self.model, at, layers, stats=False, which=which, head=head)
         with torch.no_grad(), eval_mode(self.model) as model, look as rec: out = p.through(model)
+        if not rec.maps: raise ValueError(f"no attention layer ran, in eval mode: {', '.join(look.layers)}")
         seen = dict(gammas=rec.gammas, pools=rec.pools, changes=rec.changes, places=rec.places, head=head)
         given = dict(titles=p.names, shapes=p.shapes, masks=predicted_classes(self.loss_func, out, p.images.shape[-2:]), **seen)
         return plot.show_attention(p.images, rec.maps, rec.points, scale=scale, ax=ax, imsize=imsize, **given)

@@ -21,6 +21,7 @@ from fastai.layers import NormType
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm, weight_norm
+from torch.nn.utils.prune import is_pruned
 
 from . import norms, ops
 from .norms import bake, normed_conv, settle, undo_of, without_hook
@@ -273,6 +274,8 @@ def fuse_attention(
     if not convs:
         why = "they are fused already" if layers else "it has none of this package's layers"
         raise ValueError(f"no attention layer with a norm in this {type(model).__name__}: {why}")
+    if any(map(is_pruned, convs)):
+        raise ValueError("a conv of an attention layer is pruned: make that permanent first, with `torch.nn.utils.prune.remove`")
     with torch.inference_mode(False), ExitStack() as undo:     # what is made must be able to train, and to be copied
         for conv in convs:
             undo.callback(undo_of(conv))

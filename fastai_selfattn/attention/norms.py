@@ -19,6 +19,7 @@ from fastai.layers import ConvLayer, NormType
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -279,6 +280,9 @@ def bake(
     conv:nn.Module, # one of `normed`, changed in place
 )->None:
     "Make the normalised weight a plain parameter, trainable if what it was made from was"
+    if is_parametrized(conv):
+        raise ValueError(f"a {type(conv).__name__} under a norm has a parametrization: make it part of the weight first, "
+                         "with `torch.nn.utils.parametrize.remove_parametrizations`")
     hooks = _norm_hooks(conv)
     for hook in hooks:     # also on a conv of ours without a norm, where somebody put PyTorch's
         trains = _made_from(conv, hook.name).requires_grad

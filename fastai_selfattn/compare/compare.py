@@ -29,6 +29,7 @@ from ..placement.price import check_layer
 from ..placement.sites import Site
 from ..placement.unet import unet_learner
 from ..quiet import check_positive, check_whole, random_kept
+from ..seeing.effect import metric_names
 
 # %% ../../nbs/api/compare/compare.ipynb #f6cbe396
 def _training(epochs, lr, fit):
@@ -75,7 +76,7 @@ def _try(recipe, dls, seed, placed, choose):
     "Raise if an arm cannot be made, or if `choose` cannot choose a metric; nothing is trained"
     for arm,where in placed.values():
         with undone(dls): learn,*_ = build(recipe, dls, seed, arm, where)
-        choose([m.name for m in learn.metrics])
+        choose(metric_names(learn.metrics))
 
 def _shown(todo):
     "`todo` with a progress bar, if there is somebody to see it"

@@ -28,7 +28,7 @@ from torch import Tensor
 from .arms import Arm
 from ..placement.insert import insert_attention
 from ..quiet import as_float, one_batch, random_kept, undisturbed
-from ..seeing.effect import aside
+from ..seeing.effect import aside, metric_names
 from ..seeing.record import AttentionRecorder
 
 # %% ../../nbs/api/compare/runs.ipynb #ba398561
@@ -234,7 +234,7 @@ def _trained(learn, recipe, seed):
 
 def _score(learn):
     "Validation loss and metrics"
-    names = [m.name for m in learn.metrics]
+    names = metric_names(learn.metrics)
     with aside(learn): loss,*values = learn.validate()     # without what asks for the row of a training epoch
     return float(loss),dict(zip(names, map(as_float, values)))
 
@@ -251,7 +251,8 @@ def run(
     with undone(dls):
         learn,paths,start = build(recipe, dls, seed, arm, where, others)
         layers = [learn.model.get_submodule(p) for p in paths]
-        res = dict(seed=seed, arm=arm.name, loss=math.nan, metrics={m.name:math.nan for m in learn.metrics}, change=math.nan, start=start)
+        metrics = dict.fromkeys(metric_names(learn.metrics), math.nan)
+        res = dict(seed=seed, arm=arm.name, loss=math.nan, metrics=metrics, change=math.nan, start=start)
         res['parameters'] = sum(p.numel() for l in layers for p in l.parameters())
         with learn.no_bar(), learn.no_logging():
             res |= _trained(learn, recipe, seed)

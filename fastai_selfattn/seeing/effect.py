@@ -9,7 +9,7 @@ __all__ = ['attention_uniform', 'AttentionEffect', 'attention_effect']
 
 # %% ../../nbs/api/seeing/effect.ipynb #533c4748
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import count
 
@@ -139,6 +139,16 @@ class AttentionEffect:
     def __repr__(self): return f'{self.table}\n{self.sentence}'
     def _repr_html_(self): return self.table.to_html(border=0) + f'<p>{html.escape(self.sentence)}</p>'
 
+# %% ../../nbs/api/seeing/effect.ipynb #680c7355
+def metric_names(
+    metrics:Iterable, # of a Learner
+    *taken:str, # names that other columns have
+)->list[str]:
+    "Names of metrics, numbered where two have one name"
+    names = list(taken)
+    for m in metrics: names.append(next(n for i in count(1) if (n := m.name if i == 1 else f'{m.name} {i}') not in names))
+    return names[len(taken):]
+
 # %% ../../nbs/api/seeing/effect.ipynb #891fce0d
 def _changes_of(layers, stack):
     "Watch `layers` until `stack` ends: path -> list of the change of each picture"
@@ -148,12 +158,6 @@ def _changes_of(layers, stack):
         return see
     for path,m in layers.items(): stack.callback(m.register_forward_hook(watch(path), with_kwargs=True).remove)
     return seen
-
-def _column_names(metrics):
-    "Of the table: the way, the loss and the metrics, numbered where two have one name"
-    names = ['attention','valid_loss']
-    for m in metrics: names.append(next(n for i in count(1) if (n := m.name if i == 1 else f'{m.name} {i}') not in names))
-    return names
 
 def attention_effect(
     learn:Learner, # with attention layers in its model
@@ -167,15 +171,17 @@ def attention_effect(
     elif len(learn.dls.loaders) > 1: dl = learn.dls.loaders[1]
     if dl is None or len(dl) == 0: raise ValueError("this Learner has no validation data: give `dl`")
     check_loss(learn, dl)
-    names = _column_names(learn.metrics)
+    columns = 'attention','valid_loss'
+    names = [*columns,*metric_names(learn.metrics, *columns)]
     def row(way):     # of the same pictures as the other ways, where `dl` shuffles, augments and drops the last batch too
         with draws_kept(dl): return dict(zip(names, (way,*map(as_float, learn.validate(dl=dl, cbs=InPrecision())))))
     with aside(learn), eagerly():
         with ExitStack() as stack:
             seen = _changes_of(chosen, stack)
             rows = [row('on')]
+        if not any(seen.values()): raise ValueError(f"no attention layer ran, in eval mode: {', '.join(seen)}")
         with attention_off(learn, list(chosen)): rows.append(row('off'))
         soft = [path for path,m in chosen.items() if _has_softmax(m)]
         if soft:
             with attention_uniform(learn, soft): rows.append(row('uniform maps'))
-    return AttentionEffect(rows, {path:torch.cat(s).mean().item() for path,s in seen.items()})
+    return AttentionEffect(rows, {path:torch.cat(s).mean().item() for path,s in seen.items() if s})

@@ -191,7 +191,7 @@ class Explorer:
 
 # %% ../../nbs/api/seeing/explorer.ipynb #551fdf2f
 def _named_models(learn, label, others):
-    "Label -> model of all that the page shows, or an error"
+    "Label -> model, and what reads its predictions, of all that the page shows, or an error"
     if not isinstance(learn, Learner):
         raise TypeError(f"`learn` must be a Learner, got {type(learn).__name__}: its pipeline prepares the pictures; "
                         "further models go into `others`")
@@ -199,11 +199,11 @@ def _named_models(learn, label, others):
         raise TypeError(f"`others` must be a dict, label -> model or Learner, got {type(others).__name__}")
     for l in (label, *(others or ())):
         if not isinstance(l, str): raise TypeError(f"the label of a model must be a str, got {l!r}")
-    res = {label:learn.model}
+    res = {label:(learn.model,learn.loss_func)}
     for other,m in (others or {}).items():
         if other == label: raise ValueError(f"two models have the label {label!r}: give the Learner's own another one with `label`")
-        res[other] = m.model if isinstance(m, Learner) else m
-    for l,m in res.items():
+        res[other] = (m.model,m.loss_func) if isinstance(m, Learner) else (m,learn.loss_func)
+    for l,(m,_) in res.items():
         if not isinstance(m, nn.Module): raise TypeError(f"the model {l!r} must be an nn.Module or a Learner, got {type(m).__name__}")
     return res
 
@@ -231,7 +231,7 @@ def attention_explorer(
     if not isinstance(title, str): raise TypeError(f"`title` must be a str, got {type(title).__name__}")
     head = None if head is None else check_whole(0, head=head)[0]
     p = pictures(learn, items, max_n, which)
-    shown,off,shares,without = zip(*(_model(m, l, p, layers, learn.loss_func) for l,m in models.items()))
+    shown,off,shares,without = zip(*(_model(m, l, p, layers, loss) for l,(m,loss) in models.items()))
     heads = max(layer['heads'] for model in shown for layer in model['layers'])
     if head is not None and head >= heads: raise ValueError(f"`head` must be at most {heads-1}, the last head of a layer here, got {head}")
     sizes = [tuple(x.shape[-2:]) for part in p.parts() for x in part.x]

@@ -269,7 +269,7 @@ def in_words(self:GammaLogger)->dict[str,str]:
     last = h[h.epoch > h.epoch.max() - 1]
     there = set().union(*(row for row in self._rows if row['epoch'] > h.epoch.max() - 1))     # others are gone
     def words(column):
-        gamma = column.replace('change', 'gamma')
+        gamma = f"gamma{column.removeprefix('change')}"
         number = f'gamma {(last[gamma].dropna().tolist() or [math.nan])[-1]:.3g}: ' if gamma in there else ''
         return number + change_in_words(last[column].mean())
     return {c.removeprefix('change').removeprefix('_'):words(c) for c in changes if c in there}

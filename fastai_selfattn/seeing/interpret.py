@@ -36,14 +36,14 @@ class _Collect(Callback):
 
     def after_pred(self):
         for name,s in self.rec.stats.items():
-            n,size = len(s.distance),self.rec.sizes[name]
+            size = self.rec.sizes[name]
             far,sharp = s.distance.flatten(1).argmax(1),s.entropy.flatten(1).argmin(1)
             def cell(i): return tuple(int(k) for k in np.unravel_index(i.item(), size))
-            for i in range(n):
+            for i in range(len(s.distance)):
                 means = {k:t[i].mean().item() for k,t in s._asdict().items()}
                 cells = dict(farthest=cell(far[i]), sharpest=cell(sharp[i]), cells=size)
                 self.rows.append(dict(picture=self.n+i, layer=name, change=self.rec.changes[name][i].item(), **means, **cells))
-        self.n += n
+        self.n += n_rows(self.learn.xb)
 
 # %% ../../nbs/api/seeing/interpret.ipynb #ae8dc6b7
 def _takes_reduction(loss):
@@ -116,6 +116,7 @@ class AttentionInterpretation:
                 return torch.cat(each.losses)
             with AttentionRecorder(learn.model, None, layers, which=which) as rec: on = losses(collect := _Collect(rec))
             with attention_off(learn.model, layers): off = losses()
+        if not collect.rows: raise ValueError(f"no attention layer ran, in eval mode: {', '.join(rec.layers)}")
         df = pd.DataFrame(collect.rows)
         i = df.picture.to_numpy()
         df.insert(2, 'loss', on.double().numpy()[i])

@@ -9,6 +9,7 @@ __all__ = ['AttentionMapLogger']
 
 # %% ../../nbs/api/seeing/map_logger.ipynb #8a873411
 import math
+import re
 import sys
 from collections.abc import Sequence
 from copy import copy
@@ -276,7 +277,8 @@ def _strip(image, n, imsize, height):
 def _file(epoch, name, i, ending='png'):
     "Name of the file with one layer and picture, of an epoch or, if `epoch` is None, of the growth"
     when = 'growth' if epoch is None else f'epoch-{epoch:03d}'
-    return f"{when}-{name or 'model'}-picture-{i}.{ending}"
+    name = re.sub(r'[^-.\w]', lambda m: f'%{ord(m[0]):02x}', name) or 'model'     # modules may be called anything
+    return f'{when}-{name}-picture-{i}.{ending}'
 
 @patch
 def _show(self:AttentionMapLogger):

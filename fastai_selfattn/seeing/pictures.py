@@ -8,7 +8,7 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/seeing/pictures.html
 __all__ = []
 
 # %% ../../nbs/api/seeing/pictures.ipynb #5497db98
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
@@ -108,6 +108,15 @@ def _through_loader(dls, shown):
     def loader(some): return dls.test_dl(some, bs=len(some), num_workers=0)
     return _made(dls.valid, shown, lambda some: loader(some).one_batch()),loader(shown)
 
+def _of_numbers(dl, numbers):
+    "The batches that `dl` makes of the examples with these numbers in its data set"
+    def batch(some):
+        if not isinstance(dl, DataLoader): return dl.collate_fn([dl.dataset[i] for i in some])
+        made = dl.create_batch(dl.before_batch([dl.do_item(i) for i in some]))
+        return dl.after_batch(to_device(made, dl.device) if dl.device else made)
+    return _made(dl, numbers, batch)
+
+# %% ../../nbs/api/seeing/pictures.ipynb #5a593a95
 def _batches(dls, items, max_n):
     "The pictures as `items`, the batches that hold them, how many parts of each go into the model, and the loader that decodes them"
     if isinstance(items, Tensor): return items,[[items.as_subclass(TensorImage)]],1,dls.valid     # `TensorImage()` makes float64 float32
@@ -119,7 +128,10 @@ def _batches(dls, items, max_n):
         return range(max_n),[rows(b, slice(max_n)) for b in got[0]],got[1],dls.valid
     shown = dls.valid_ds.items[:max_n] if items is None else items
     if not len(shown): raise _none(items, max_n)
-    batches,dl = _through_loader(dls, shown)
+    try: batches,dl = _through_loader(dls, shown)
+    except (TypeError,ValueError):     # of a pipeline that needs the labels, as that of boxes does
+        if items is not None or not isinstance(dls.valid, DataLoader): raise
+        batches,dl = _of_numbers(dls.valid, range(len(shown))),dls.valid
     return shown,batches,inputs_of(dls, batches[0]),dl
 
 # %% ../../nbs/api/seeing/pictures.ipynb #37397a7d
@@ -140,7 +152,14 @@ def _seen(dl, batch, n_inp, which):
 
 def _size(o): return (o.height,o.width) if isinstance(o, Image.Image) else tuple(o.shape[-2:])
 
-def _shapes(dl, numbers, images):
+def _sources(example):
+    "The pictures among the parts of an example, before or after they became tensors"
+    if isinstance(example, Image.Image) or isinstance(example, Tensor) and example.dim() > 2: return [example]
+    if isinstance(example, Mapping): example = example.values()
+    if not isinstance(example, Iterable) or isinstance(example, (str,Tensor)): return []
+    return [o for part in example for o in _sources(part)]
+
+def _shapes(dl, numbers, images, n_inp, which):
     "(h, w) in whose proportions people should see each of `images`: those from before fastai's transforms squeezed it"
     item,batch = (getattr(dl, name, None) for name in ('after_item','after_batch'))     # a `Pipeline` in the loaders that fastai makes
     by_item = any(isinstance(t, Resize) and t.method == ResizeMethod.Squish for t in getattr(item, 'fs', ()))
@@ -149,7 +168,9 @@ def _shapes(dl, numbers, images):
     if not (by_item or by_batch): return sizes
     def shape(i, h, w):
         before = dl.dataset[i]
-        (h0,w0),(h1,w1) = _size(before[0]),_size(item(before)[0])
+        pairs = [_sources(example[:n_inp]) for example in (before,item(before))]
+        if min(map(len, pairs)) <= which: return h,w     # made of something else
+        (h0,w0),(h1,w1) = (_size(sources[which]) for sources in pairs)
         stretch = (h0*w1/(w0*h1) if by_item else 1)*(h1*w/(w1*h) if by_batch else 1)
         return (round(h*stretch),w) if stretch > 1 else (h,round(w/stretch))
     return [shape(i, *size) for i,size in zip(numbers, sizes)]
@@ -166,7 +187,7 @@ def _pictures(model, dl, shown, batches, n_inp, which, numbers):
     shown = [row for _,row in shown.iterrows()] if isinstance(shown, pd.DataFrame) else list(shown)[:len(images)]
     device = next(model.parameters(), torch.empty(0)).device
     inputs = each_tensor(lambda t: t.as_subclass(Tensor).to(device), inputs)
-    with random_kept(): shapes = _shapes(None if numbers is None else dl, numbers, images)
+    with random_kept(): shapes = _shapes(None if numbers is None else dl, numbers, images, n_inp, which)
     return Pictures(inputs, images, shown, [_name(o, i) for i,o in enumerate(shown)], shapes, which)
 
 # %% ../../nbs/api/seeing/pictures.ipynb #a59add79
@@ -205,12 +226,8 @@ def numbered_pictures(
     which:int=0, # of several pictures that the model takes at once, the one to show
 )->Pictures:
     "The pictures with these `numbers` in the data set of `dl`; `ValueError` if they are not 2d"
-    def batch(some):
-        if not isinstance(dl, DataLoader): return dl.collate_fn([dl.dataset[i] for i in some])
-        made = dl.create_batch(dl.before_batch([dl.do_item(i) for i in some]))
-        return dl.after_batch(to_device(made, dl.device) if dl.device else made)
     numbers = [int(i) for i in numbers]
-    with random_kept(): batches = _made(dl, numbers, batch)
+    with random_kept(): batches = _of_numbers(dl, numbers)
     return _pictures(learn.model, dl, numbers, batches, inputs_of(learn.dls, batches[0]), which, numbers)
 
 # %% ../../nbs/api/seeing/pictures.ipynb #42cb79c8

@@ -128,7 +128,8 @@ def _new_folder(out):
         except OSError as e: raise ValueError(f"cannot make --out {path}: {reason(e)}") from e
     try: yield path
     except BaseException:
-        with uninterrupted(): _unmake(*made)
+        if not (path/'compare.json').exists():     # that can be gone on with
+            with uninterrupted(): _unmake(*made)
         raise
 
 def _unmake(path, *parents):
@@ -215,8 +216,8 @@ def _compare(args):
             made = '' if args.data else f'{args.n_rooms} rooms of seed {args.seed}, ambiguity {args.ambiguity:g}'
             if not args.data and not data.exists(): _make_items(args, out)
             walls_of_seed(0, str(data.resolve()), args.size, args.bs, **_how(args))
-        training = args.size,args.bs,args.epochs,args.lr,args.gamma,args.pretrained
-        c = compare_walls(data, out, arch, args.seeds, *training, made=made, **_how(args))
+            training = args.size,args.bs,args.epochs,args.lr,args.gamma,args.pretrained
+            c = compare_walls(data, out, arch, args.seeds, *training, made=made, **_how(args))
     except ValueError as e: raise Failed(str(e), 2) from e
     except KeyboardInterrupt as e:
         on = f'; to go on, give the same command and --out {shlex.quote(str(out))}' if out and (out/'compare.json').exists() else ''

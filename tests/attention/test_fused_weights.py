@@ -8,6 +8,7 @@ from fastai.data.load import DataLoader
 from fastai.layers import NormType
 from fastai.learner import Learner
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from fastai_selfattn.attention.layers import PaperSelfAttention, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention, fuse_attention
 
@@ -87,3 +88,16 @@ def test_learn_load_and_save_model_callback(tmp_path, with_opt):
     plain.load('best', with_opt=False)
     torch.testing.assert_close(plain.model.eval()(x), again.model.eval()(x))
     learner(tmp_path).load('before')                                   # and a model that is not fused takes what it took
+
+class Half(nn.Module):
+    def forward(self, w): return w*.5
+
+@pytest.mark.parametrize('change,says', [(lambda conv: parametrize.register_parametrization(conv, 'weight_orig', Half()), 'remove_parametrizations'), (lambda conv: prune.l1_unstructured(conv, 'weight_orig', .5), 'prune.remove')], ids=['parametrized', 'pruned'])
+def test_weights_that_are_made_from_others_are_not_fused(change, says):
+    model = net()
+    x = torch.randn(2, 3, 9, 11)
+    model(x)
+    change(model[1].value[0])
+    want, keys = model.eval()(x), list(model.state_dict())
+    with pytest.raises(ValueError, match=says): fuse_attention(model)
+    assert list(model.state_dict()) == keys and torch.equal(model(x), want)

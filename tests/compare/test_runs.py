@@ -9,7 +9,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import MSELossFlat
-from fastai.metrics import mae
+from fastai.metrics import AvgMetric, mae
 from fastai_selfattn.attention.layers import SelfAttention
 from fastai_selfattn.compare.arms import find_arms
 from fastai_selfattn.compare.runs import Held, Recipe, build, run, sketch, undone
@@ -213,3 +213,13 @@ def test_callbacks_that_watch_a_metric_do_not_end_a_comparison(cbs, tmp_path):
     plain, watched = (run(Recipe(f, train), some_dls(), 1, arms['attention'], '4') for f in (make, tracked))
     assert not watched['failed'] and np.isfinite(watched['loss']) and np.isfinite(watched['metrics']['mae'])
     if cbs().__class__ is EarlyStoppingCallback: assert watched['loss'] == plain['loss'] and watched['metrics'] == plain['metrics']
+
+def test_metrics_of_one_name_are_numbered():
+    def tenfold(p, t): return 10*mae(p, t)
+    tenfold.__name__ = 'mae'
+    def two(dls):
+        learn = make(dls)
+        learn.metrics = [AvgMetric(mae), AvgMetric(tenfold)]
+        return learn
+    m = run(Recipe(two, train), some_dls(), 1, arms['attention'], '4')['metrics']
+    assert list(m) == ['mae', 'mae 2'] and m['mae 2'] > 5*m['mae'] > 0

@@ -14,6 +14,7 @@ from torch import nn
 from fastai_selfattn.all import AttentionMapLogger, GammaLogger, PooledSelfAttention2d, SelfAttention, SimpleSelfAttention, attention_uniform
 from fastai_selfattn.seeing.effect import AttentionEffect, attention_effect, change_in_words
 from fastai_selfattn.seeing.interpret import AttentionInterpretation
+from fastai_selfattn.seeing.map_logger import _file
 
 X = torch.randn(14, 3, 6, 10, generator=torch.Generator().manual_seed(1))
 
@@ -163,3 +164,26 @@ def test_no_learner_no_labels_and_no_loss_are_said(tmp_path):
     learn.loss_func = None
     for look in (attention_effect, AttentionInterpretation.from_learner):
         with pytest.raises(ValueError, match='has no loss.*set `learn.loss_func`'): look(learn)
+
+
+class Auxiliary(nn.Module):
+    "Attends in training alone"
+    def __init__(self, idle=('a',)): super().__init__(); self.conv, self.a, self.b, self.idle = nn.Conv2d(3, 16, 3, padding=1), SelfAttention(16, gamma=.5), SelfAttention(16, gamma=.5), idle; self.last = nn.Conv2d(16, 3, 1)
+    def forward(self, x):
+        x = self.conv(x)
+        for name in 'ab':
+            if self.training or name not in self.idle: x = getattr(self, name)(x)
+        return self.last(x)
+
+def test_attention_that_does_not_run_in_eval_mode_is_named(tmp_path):
+    learn = learner(Auxiliary(('a', 'b')), tmp_path)
+    for look in (learn.attention_effect, lambda: AttentionInterpretation.from_learner(learn), learn.show_attention):
+        with pytest.raises(ValueError, match='no attention layer ran, in eval mode: a, b'): look()
+    learn = learner(Auxiliary(), tmp_path)
+    assert list(learn.attention_effect().changes) == ['b']
+    with learn.no_bar(): found = AttentionInterpretation.from_learner(learn)
+    assert set(found.df.layer) == {'b'} and sorted(found.df.picture) == list(range(5))
+
+def test_any_name_of_a_module_makes_a_name_of_a_file():
+    names = [_file(3, name, 0) for name in ('', 'a/b', 'a_b', 'a:b', 'läyer.1')]
+    assert names == [f'epoch-003-{n}-picture-0.png' for n in ('model', 'a%2fb', 'a_b', 'a%3ab', 'läyer.1')]

@@ -175,6 +175,21 @@ def test_layers_and_items_are_chosen(learn, tmp_path):
     assert [[x['name'] for x in m['layers']] for m in data['models']] == [LAYERS, ['1']]
 
 
+def test_each_learner_reads_its_own_predictions(learn, tmp_path):
+    "Two classes by the larger, or one by its sign"
+    def of(n, loss):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), SelfAttention(8), nn.Conv2d(8, n, 1)).eval()
+        x = torch.stack([learn.dls.valid_ds[i][0] for i in range(2)]) if isinstance(learn.dls.valid_ds[0][0], torch.Tensor) else learn.dls.one_batch()[0]
+        with torch.no_grad(): net[-1].bias.sub_(net(x.float()).mean((0, 2, 3)))
+        return Learner(learn.dls, net, loss_func=loss)
+    two, one = of(2, nn.CrossEntropyLoss()), of(1, nn.BCEWithLogitsLoss())
+    def outlines(l, **others): return [m['outlines'] for m in data_of(attention_explorer(l, fname=tmp_path / 'page.html', max_n=2, overwrite=True, others=others))['models']]
+    alone = [*outlines(two), *outlines(one)]
+    assert all(any(o and o['path'] for o in a) for a in alone)
+    assert outlines(two, other=one) == alone and outlines(one, other=two) == alone[::-1]
+
+
 def test_the_models_stay_as_they_were(learn, other, tmp_path):
     def state(): return [[m.training for m in n.modules()] for n in (learn.model, other)], [{k: v.clone() for k, v in n.state_dict().items()} for n in (learn.model, other)], torch.get_rng_state(), \
         [(name, k, list(v)) for n in (learn.model, other) for name, m in n.named_modules() for k, v in vars(m).items() if 'hook' in k and v]

@@ -15,6 +15,10 @@ def test_in_words_says_what_the_last_epoch_did():
     assert GammaLogger(history=pd.DataFrame(two)).in_words == {'a': 'gamma 1.04: attention changes the features by 30%', 'c': 'attention changes the features by 10%',
         'b': 'gamma 0: attention does nothing here: it changes the features by 0.0%'}
 
+def test_a_layer_may_have_change_in_its_name():
+    rows = [dict(step=0, epoch=0., gamma_exchange=.5, change_exchange=.3, gamma_other=.2, change_other=.1)]
+    assert {k: v.split(':')[0] for k, v in GammaLogger(history=pd.DataFrame(rows)).in_words.items()} == {'exchange': 'gamma 0.5', 'other': 'gamma 0.2'}
+
 def test_layers_that_are_gone_or_renamed_say_nothing():
     "A single layer is called '', two by their names; what was not logged in the last epoch is not there"
     rows = [dict(step=0, epoch=0., gamma=.5, change=.5), dict(step=1, epoch=1., gamma_a=.2, change_a=.1, gamma_b=.3, change_b=.2)]

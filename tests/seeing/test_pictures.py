@@ -6,16 +6,17 @@ import pandas as pd
 import pytest
 import torch
 from conftest import named
-from fastai.data.block import CategoryBlock, DataBlock, RegressionBlock
+from fastai.data.block import CategoryBlock, DataBlock, RegressionBlock, TransformBlock
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.data.transforms import ColReader, IndexSplitter, Normalize
+from fastai.data.transforms import ColReader, IndexSplitter, IntToFloatTensor, Normalize
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.torch_core import TensorImage
 from fastai.vision.augment import Brightness, Flip, Resize
 from fastai.vision.core import PILImage, imagenet_stats
-from fastai.vision.data import ImageBlock
+from fastai.vision.data import BBoxBlock, BBoxLblBlock, ImageBlock
+from fastcore.basics import fastuple
 from PIL import Image
 from torch import nn
 from watched import close

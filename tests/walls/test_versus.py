@@ -46,6 +46,14 @@ def test_stopped(tmp_path, capsys, monkeypatch):
     assert walls_main([*TINY, '--out', str(tmp_path/'run')]) == 130
     assert f"--out {tmp_path/'run'}" in said(capsys)
 
+def test_stopped_before_anything_was_measured(tmp_path, capsys, monkeypatch):
+    "Nothing is left that the same command would stumble over"
+    def stop(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr(versus, 'compare_attention', stop)
+    for _ in range(2):
+        assert walls_main([*TINY, '--out', str(tmp_path/'new'/'run')]) == 130
+        assert said(capsys).strip().endswith('selfattn-walls: stopped') and not list(tmp_path.iterdir())
+
 @pytest.mark.parametrize('args,says', [(['--compare', '--no-attention'], '--no-attention'), (['--seeds', '3'], '--seeds is for --compare'), (['--compare', '--seeds', '0'], '--seeds')])
 def test_what_does_not_go_together(args, says, capsys):
     with pytest.raises(SystemExit) as e: walls_main(args)
