@@ -175,6 +175,7 @@ def _shapes(dl, numbers, images, n_inp, which):
         return (round(h*stretch),w) if stretch > 1 else (h,round(w/stretch))
     return [shape(i, *size) for i,size in zip(numbers, sizes)]
 
+# %% ../../nbs/api/seeing/pictures.ipynb #9fa05b0b
 def _joined(batches):
     "`batches` as one, if their tensors have the same shapes"
     if len({tuple(t.shape for t in tensors(b)) for b in batches}) > 1: return batches
