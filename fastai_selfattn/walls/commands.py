@@ -160,6 +160,7 @@ def _prepare(args, arch, items, out):
         raise Failed(f"cannot load the pretrained weights of --arch {args.arch}: {reason(e)}") from e
     except Exception as e:
         raise e if out_of_memory(e) else ValueError(f"no U-Net on --arch {args.arch}: {reason(e)}")
+    print(end='', flush=True)     # a standard output that fails is found out before training
     return learn,test
 
 def _prepared(args):
