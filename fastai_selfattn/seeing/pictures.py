@@ -168,7 +168,7 @@ def _shapes(dl, numbers, images, n_inp, which):
     if not (by_item or by_batch): return sizes
     def shape(i, h, w):
         before = dl.dataset[i]
-        pairs = [_sources(example[:n_inp]) for example in (before,item(before))]
+        pairs = [_sources(o[:n_inp] if isinstance(o, (tuple,list)) else o) for o in (before,item(before))]
         if min(map(len, pairs)) <= which: return h,w     # made of something else
         (h0,w0),(h1,w1) = (_size(sources[which]) for sources in pairs)
         stretch = (h0*w1/(w0*h1) if by_item else 1)*(h1*w/(w1*h) if by_batch else 1)

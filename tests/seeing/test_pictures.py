@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import named
 from fastai.data.block import CategoryBlock, DataBlock, RegressionBlock, TransformBlock
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, TfmdLists
 from fastai.data.load import DataLoader
-from fastai.data.transforms import ColReader, IndexSplitter, IntToFloatTensor, Normalize
+from fastai.data.transforms import ColReader, IndexSplitter, IntToFloatTensor, Normalize, ToTensor
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.torch_core import TensorImage
