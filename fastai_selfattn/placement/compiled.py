@@ -8,7 +8,6 @@ Docs: https://fastai-selfattn.github.io/fastai-selfattn/api/placement/compiled.h
 __all__ = ['compile_unet']
 
 # %% ../../nbs/api/placement/compiled.ipynb #518d852d
-import torch
 from fastai.callback.core import Callback
 from fastai.layers import ToTensorBase
 from fastai.learner import Learner
